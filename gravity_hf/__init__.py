@@ -1,0 +1,41 @@
+"""Gravity attention for Hugging Face transformers: tokens attend to what is near."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. One table for `__all__` and for lazy access.
+_EXPORTS = {
+    "CalibrationReport": ".integration.calibration",
+    "GravityConfig": ".config",
+    "GravityTrainer": ".training.optim",
+    "calibrate": ".integration.calibration",
+    "gravity_attention": ".ops.api",
+    "gravity_lora": ".training.lora",
+    "gravity_param_groups": ".training.optim",
+    "gravity_status": ".integration.patching",
+    "load_gravity_adapter": ".integration.adapters",
+    "load_gravity_mass_log": ".integration.loading",
+    "load_gravity_model": ".integration.loading",
+    "patch_with_gravity": ".integration.patching",
+    "unpatch_gravity": ".integration.patching",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+# `AutoModel.from_pretrained` must know the gravity model types as soon as this package is imported.
+_autos = importlib.import_module(".integration.autos", __name__)
+_autos.register()

@@ -1,0 +1,145 @@
+"""LoRA adapters of patched models: their settings travel in `adapter_config.json`.
+
+peft loads such an adapter onto an unpatched base without a word and drops the masses, so gravity
+adapters are loaded here: the base is patched as the adapter says, or refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import load_peft_weights
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from ..config import GravityConfig
+from .hosts import GravityHost, gravity_modules, select_sites, settings_of
+from .patching import patch_structure, unpatch_gravity
+from .sites import find_attention_sites
+
+_CONFIG_NAME = "adapter_config.json"
+
+
+@dataclass
+class GravityLoraConfig(LoraConfig):
+    """peft's LoraConfig plus `gravity`, the settings of the patch that the adapter was trained on."""
+
+    gravity: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Settings of the gravity patch under this adapter."}
+    )
+
+
+def load_gravity_adapter(
+    model: PreTrainedModel,
+    name_or_path: str | os.PathLike,
+    *,
+    patch: bool = True,
+    is_trainable: bool = False,
+    **hub: Any,
+) -> PeftModel:
+    """Put a gravity adapter (LoRA and masses) on `model`.
+
+    Args:
+        model: the adapter's base: unpatched, or patched with the adapter's settings.
+        name_or_path: folder or Hub repository written by a `gravity_lora` model.
+        patch: patch an unpatched base as the adapter says; False refuses it.
+        is_trainable: go on training the adapter.
+        **hub: `revision`, `token`, `cache_dir`, ... for the Hub.
+
+    Raises:
+        ValueError: not a gravity adapter, masses missing, or a base patched otherwise.
+        RuntimeError: the base is unpatched and `patch` is False.
+    """
+    where = os.fspath(name_or_path)
+    config = _read_config(where, hub)
+    settings = _settings(where, config)
+    weights = load_peft_weights(where, device="cpu", **hub)
+    fresh = not isinstance(model, GravityHost)
+    if fresh and not patch:
+        raise RuntimeError(
+            f"{where}: this adapter was trained on gravity attention, expected a patched base, got "
+            f"{type(model).__name__}. Call patch_with_gravity first, or pass patch=True"
+        )
+    if not fresh and settings_of(model.config) != settings:
+        raise ValueError(
+            f"{where}: expected a base patched with {settings}, got {settings_of(model.config)}. "
+            "Load the adapter onto an unpatched base"
+        )
+    _check_tensors(where, model, settings, set(weights))
+    if not fresh:
+        return PeftModel.from_pretrained(
+            model, where, config=config, is_trainable=is_trainable, **hub
+        )
+    patch_structure(model, settings)
+    try:
+        _fill(model, weights)
+        return PeftModel.from_pretrained(
+            model, where, config=config, is_trainable=is_trainable, **hub
+        )
+    except Exception:
+        if not hasattr(model, "peft_config"):
+            unpatch_gravity(model)
+        raise
+
+
+def base_of_adapter(adapter_config_file: str) -> str:
+    """The base model's name in an `adapter_config.json`."""
+    with open(adapter_config_file, encoding="utf-8") as file:
+        base = json.load(file).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{adapter_config_file}: expected base_model_name_or_path, got {base!r}. Load the base "
+            "yourself and call load_gravity_adapter(model, folder)"
+        )
+    return base
+
+
+def _read_config(where: str, hub: dict[str, Any]) -> GravityLoraConfig:
+    path = os.path.join(where, _CONFIG_NAME)
+    if not os.path.isdir(where):
+        path = cached_file(where, _CONFIG_NAME, **hub)
+    if not os.path.isfile(path):
+        raise ValueError(f"{where}: expected a LoRA adapter, found no {_CONFIG_NAME}")
+    values = GravityLoraConfig.from_json_file(path)
+    kind = values.pop("peft_type", None)
+    if kind != "LORA":
+        raise ValueError(f"{where}: expected a LoRA adapter, got peft_type {kind!r}")
+    config = GravityLoraConfig.from_peft_type(**values)
+    config.inference_mode = True
+    return config
+
+
+def _settings(where: str, config: GravityLoraConfig) -> GravityConfig:
+    if config.gravity is None:
+        raise ValueError(
+            f"{where}: expected gravity settings in {_CONFIG_NAME}, found none: an ordinary LoRA "
+            "adapter. Load it with peft.PeftModel.from_pretrained"
+        )
+    return GravityConfig.from_dict(config.gravity)
+
+
+def _check_tensors(
+    where: str, model: PreTrainedModel, settings: GravityConfig, present: set[str]
+) -> None:
+    sites = select_sites(find_attention_sites(model), settings)
+    expected = [f"base_model.model.{site.name}.gravity.mass_log" for site in sites]
+    missing = [name for name in expected if name not in present]
+    if missing:
+        raise ValueError(
+            f"{where}: expected masses for every converted layer, {len(missing)} are missing, such "
+            f"as {missing[0]}. The adapter was saved without modules_to_save=['gravity'], or "
+            "belongs to another base"
+        )
+
+
+def _fill(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    # The base gets the adapter's masses too, so that disabling the adapter leaves a sound model.
+    with torch.no_grad():
+        for name, module in gravity_modules(model).items():
+            for key, tensor in module.state_dict().items():
+                tensor.copy_(weights[f"base_model.model.{name}.gravity.{key}"])

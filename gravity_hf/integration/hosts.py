@@ -1,0 +1,236 @@
+"""`Gravity<Host>` classes, made on demand, and their place in transformers' Auto classes.
+
+A gravity checkpoint carries its own `model_type`, so that software which does not know gravity
+refuses it. Here that type is turned into classes again: `gravity_qwen2` is `Qwen2Config` with another
+name, `GravityQwen2ForCausalLM` is `Qwen2ForCausalLM` with gravity modules attached.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto import (
+    feature_extraction_auto,
+    image_processing_auto,
+    modeling_auto,
+    processing_auto,
+    tokenization_auto,
+)
+from transformers.models.auto.auto_factory import _LazyAutoMapping
+
+from ..config import GravityConfig
+from ..layers.parameters import GravityParameters
+from .attention import ATTENTION_NAME, register
+from .autos import MODEL_TYPE_PREFIX
+from .remote_code import REMOTE_CODE_MODULE, copy_remote_code
+from .sites import AttentionSite, find_attention_sites
+
+CLASS_PREFIX = "Gravity"
+
+register()
+
+
+def settings_of(config: PreTrainedConfig) -> GravityConfig | None:
+    """The `gravity` block of a model's config, or None."""
+    block = getattr(config, "gravity", None)
+    return None if block is None else GravityConfig.from_dict(block)
+
+
+def select_sites(sites: list[AttentionSite], settings: GravityConfig) -> list[AttentionSite]:
+    """The attention modules that `settings.layers` asks for."""
+    if settings.layers is None:
+        return sites
+    beyond = [i for i in settings.layers if i >= len(sites)]
+    if beyond:
+        raise ValueError(
+            f"GravityConfig.layers: expected indices below {len(sites)} (the model's attention "
+            f"modules, from {sites[0].name} to {sites[-1].name}), got {beyond}"
+        )
+    return [sites[i] for i in settings.layers]
+
+
+class GravityHostConfig:
+    """First base of every gravity config: adds `auto_map`, which makes exports load anywhere."""
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()  # type: ignore[misc]
+        host = type(self).__mro__[2]
+        if is_native(host):
+            output["auto_map"] = _auto_map(type(self))
+        return output
+
+
+class GravityHost:
+    """First base of every gravity model: attaches the gravity modules and guards load and save."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        settings = settings_of(config)
+        if settings is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected config.gravity, the gravity settings, got none. "
+                "Load the host's own class and call patch_with_gravity(model)"
+            )
+        _refuse_other_attention(type(self).__name__, config._attn_implementation)
+        config._attn_implementation = ATTENTION_NAME
+        super().__init__(config, *args, **kwargs)
+        for site in select_sites(find_attention_sites(self), settings):  # type: ignore[arg-type]
+            attach(site, settings)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a checkpoint without all of its gravity tensors is refused, because
+        parameters missing from a checkpoint would be uninitialised memory."""
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(key for key in info["missing_keys"] if ".gravity." in key)
+        if missing:
+            raise ValueError(
+                f"{cls.__name__}: expected gravity tensors for every converted layer, "
+                f"{len(missing)} are missing, such as {missing[0]}. The checkpoint is incomplete "
+                "or its config.gravity belongs to another one"
+            )
+        return (model, info) if want_info else model
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        _refuse_other_attention(type(self).__name__, attn_implementation)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, plus `modeling_gravity.py`, so that the folder loads without
+        gravity_hf through `trust_remote_code=True`."""
+        host = type(self).__mro__[2]
+        if not is_native(host):
+            raise ValueError(
+                f"{host.__name__} is not part of transformers, so an export of it could not be "
+                "loaded again; expected a host from transformers. Save the unpatched host and its "
+                "gravity tensors instead"
+            )
+        if kwargs.get("is_main_process", True):
+            copy_remote_code(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def attach(site: AttentionSite, settings: GravityConfig, device: Any = None) -> GravityParameters:
+    """Give one attention module its `gravity` child."""
+    child = GravityParameters(settings, site.query_heads, site.key_value_heads, device=device)
+    child.train(site.module.training)
+    site.module.gravity = child
+    return child
+
+
+def gravity_modules(model: nn.Module) -> dict[str, GravityParameters]:
+    """The gravity modules in force, by the name of their attention module. Under peft a `gravity`
+    child is a wrapper around several copies: the active one counts."""
+    found = {}
+    for name, module in model.named_modules():
+        child = module._modules.get("gravity")
+        if child is None or not hasattr(child, "mass_log"):
+            continue
+        copies = (m for m in child.modules() if isinstance(m, GravityParameters))
+        found[name] = next(m for m in copies if m.mass_log is child.mass_log)
+    return found
+
+
+def is_native(host: type) -> bool:
+    """Whether transformers itself defines `host`: only then can its name bring it back."""
+    return getattr(transformers, host.__name__, None) is host
+
+
+@functools.cache
+def gravity_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """`Gravity<Host>Config`, registered with every Auto class that knows the host."""
+    model_type = MODEL_TYPE_PREFIX + host.model_type
+    body = {"model_type": model_type, "__module__": __name__}
+    cls = type(CLASS_PREFIX + host.__name__, (GravityHostConfig, host), body)
+    _inherit_weight_conversions(host.model_type, model_type)
+    for mapping in _auto_mappings():
+        if host in mapping:
+            value = mapping[host]
+            if isinstance(value, type) and issubclass(value, PreTrainedModel):
+                if value.config_class is not host:
+                    continue
+                value = gravity_model_class(value, cls)
+            mapping.register(cls, value, exist_ok=True)
+    return cls
+
+
+@functools.cache
+def gravity_model_class(
+    host: type[PreTrainedModel], config_class: type[PreTrainedConfig]
+) -> type[PreTrainedModel]:
+    """`Gravity<Host>`: the host's class with gravity modules attached at construction."""
+    body = {
+        "config_class": config_class,
+        "__module__": __name__,
+        # Masses stay float32 in half-precision loads; see GravityParameters.
+        "_keep_in_fp32_modules_strict": {
+            *(getattr(host, "_keep_in_fp32_modules_strict", None) or ()),
+            "gravity",
+        },
+    }
+    name = CLASS_PREFIX + host.__name__
+    _inherit_weight_conversions(host.__name__, name)
+    return type(name, (GravityHost, host), body)
+
+
+def __getattr__(name: str) -> type:
+    """Classes by name, so that pickling and `AutoModel` find them here."""
+    host = getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
+    if name.startswith(CLASS_PREFIX) and isinstance(host, type):
+        if issubclass(host, PreTrainedConfig):
+            return gravity_config_class(host)
+        if issubclass(host, PreTrainedModel):
+            return gravity_model_class(host, gravity_config_class(host.config_class))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _refuse_other_attention(model: str, requested: Any) -> None:
+    if requested not in (None, ATTENTION_NAME):
+        raise ValueError(
+            f"{model}: expected attn_implementation 'gravity' (or none given), got {requested!r}, "
+            "which would run dot-product attention on weights made for gravity. To go back to the "
+            "host, call unpatch_gravity(model)"
+        )
+
+
+def _inherit_weight_conversions(host: str, name: str) -> None:
+    # Hosts whose checkpoints are renamed or fused on load save in the published layout too; the
+    # gravity type needs the same table, or its own files would not fit it.
+    conversions = get_checkpoint_conversion_mapping(host)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+
+
+@functools.cache
+def _auto_mappings() -> tuple[_LazyAutoMapping, ...]:
+    modules = (
+        modeling_auto,
+        tokenization_auto,
+        image_processing_auto,
+        feature_extraction_auto,
+        processing_auto,
+    )
+    found = (value for module in modules for value in vars(module).values())
+    unique = {id(value): value for value in found if isinstance(value, _LazyAutoMapping)}
+    return tuple(unique.values())
+
+
+def _auto_map(config_class: type) -> dict[str, str]:
+    entries = {"AutoConfig": f"{REMOTE_CODE_MODULE}.{config_class.__name__}"}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("Auto") and mapping is not None and config_class in mapping:
+            model_class = mapping[config_class]
+            if isinstance(model_class, type):
+                entries[name] = f"{REMOTE_CODE_MODULE}.{model_class.__name__}"
+    return entries

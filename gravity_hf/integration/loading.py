@@ -1,0 +1,150 @@
+"""Loading gravity models: our own folders, Gravity-2's mass file beside a plain host, LoRA folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.hub import cached_file
+
+from ..config import GravityConfig
+from . import hosts
+from .autos import MODEL_TYPE_PREFIX
+from .mass_log import check_mass_counts, read_mass_log
+from .patching import patch_with_gravity
+from .sites import AttentionSite, find_attention_sites
+
+Model = TypeVar("Model", bound=nn.Module)
+
+MASS_LOG_NAMES = ("gravity_mass_log.safetensors", "gravity_mass_log.pt")
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def load_gravity_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """Load any gravity checkpoint; software that would run it as dot product never gets the chance.
+
+    Reads, in this order: a folder or Hub repository saved from a patched model; a LoRA adapter made
+    by `gravity_lora` (its base is loaded and patched first); a plain host with Gravity-2's
+    `gravity_mass_log.pt` (or `.safetensors`) beside it.
+
+    Args:
+        name_or_path: local folder or Hub repository.
+        **kwargs: for `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...
+
+    Returns:
+        The patched model, or the `PeftModel` over it for an adapter.
+
+    Raises:
+        ValueError: neither kind, or a mass file that does not fit the host.
+    """
+    where = os.fspath(name_or_path)
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    if not _find(where, "config.json", hub) and (adapter := _find(where, ADAPTER_CONFIG_NAME, hub)):
+        # Imported here because peft is optional.
+        from .adapters import base_of_adapter, load_gravity_adapter
+
+        base = load_host_or_gravity(base_of_adapter(adapter), **kwargs)
+        return load_gravity_adapter(base, where, **hub)
+    config = AutoConfig.from_pretrained(where, **hub)
+    if config.model_type.startswith(MODEL_TYPE_PREFIX):
+        return load_host_or_gravity(where, **kwargs)
+    found = (_find(where, name, hub) for name in MASS_LOG_NAMES)
+    mass_log = next((path for path in found if path is not None), None)
+    if mass_log is None:
+        raise ValueError(
+            f"{where}: expected a gravity model (model_type gravity_..., a gravity adapter, or "
+            f"{MASS_LOG_NAMES[1]} beside the weights), got a plain {config.model_type}. Load it "
+            "with its Auto class and convert it: patch_with_gravity(model), calibrate(model, ...)"
+        )
+    return load_gravity_mass_log(load_host_or_gravity(where, **kwargs), mass_log)
+
+
+def load_gravity_mass_log(model: Model, path: str | os.PathLike) -> Model:
+    """Give `model` the masses of a Gravity-2 file; patches it first if it is not patched.
+
+    Gravity-2 is the force law over euclidean distance with epsilon 0.1, the default settings. The
+    granularity (query head, KV head, layer) follows from the file.
+
+    Args:
+        model: a host, or a model patched with one mass for each in the file.
+        path: `gravity_mass_log.pt` or `.safetensors`; accepted layouts: see `read_mass_log`. Never
+            runs code from the file.
+
+    Returns:
+        The same object. Nothing is changed when the file does not fit.
+
+    Raises:
+        ValueError: the file is not such a file, or does not fit the model.
+    """
+    patched = isinstance(model, hosts.GravityHost)
+    settings = hosts.settings_of(model.config) if patched else GravityConfig()  # type: ignore[attr-defined]
+    assert settings is not None  # a GravityHost always has settings
+    if settings.distance != "euclidean" or settings.law != "force":
+        raise ValueError(
+            f"{path}: Gravity-2's masses belong to law 'force' and distance 'euclidean', got a "
+            f"model with {settings.law!r} and {settings.distance!r}. Load them into a fresh host"
+        )
+    sites = hosts.select_sites(find_attention_sites(model), settings)
+    rows = read_mass_log(path, [site.name for site in sites])
+    granularity = check_mass_counts(rows, [(s.query_heads, s.key_value_heads) for s in sites])
+    if patched:
+        _check_counts(path, sites, rows, settings.mass_per)
+    else:
+        patch_with_gravity(model, GravityConfig(mass_per=granularity))
+    with torch.no_grad():
+        for site, row in zip(sites, rows, strict=True):
+            site.module.gravity.mass_log.copy_(row)  # type: ignore[union-attr]
+    return model
+
+
+def load_host_or_gravity(where: str, **kwargs: Any) -> PreTrainedModel:
+    """`from_pretrained` of the class that `config.json` names, gravity or not."""
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    config = AutoConfig.from_pretrained(where, **hub)
+    return model_class_of(config).from_pretrained(where, **kwargs)
+
+
+def model_class_of(config: PreTrainedConfig) -> Any:
+    """The class that wrote a checkpoint; an Auto class where `config.json` does not say."""
+    for name in config.architectures or ():
+        cls = getattr(transformers, name, None)
+        if cls is None and name.startswith(hosts.CLASS_PREFIX):
+            cls = getattr(hosts, name)
+        if cls is not None:
+            return cls
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    return AutoModel
+
+
+def _check_counts(
+    path: str | os.PathLike, sites: list[AttentionSite], rows: list[torch.Tensor], mass_per: str
+) -> None:
+    for site, row in zip(sites, rows, strict=True):
+        expected = site.module.gravity.mass_count  # type: ignore[union-attr]
+        if row.numel() != expected:
+            raise ValueError(
+                f"{path}: {site.name}: expected {expected} masses (the model has one per "
+                f"{mass_per}), got {row.numel()}. Load the file into an unpatched host instead"
+            )
+
+
+def _find(where: str, name: str, hub: dict[str, Any]) -> str | None:
+    if os.path.isdir(where):
+        path = Path(where, name)
+        return str(path) if path.is_file() else None
+    return cached_file(
+        where,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )

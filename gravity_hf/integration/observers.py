@@ -1,0 +1,168 @@
+"""What calibration sees of one attention module: running statistics, no stored activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layers.parameters import GravityTerms
+from ..ops.reference import gravity_score, split_mask, squared_distance
+
+# Elements of one score block; bounds the memory of calibration, not its result.
+_BLOCK_ELEMENTS = 1 << 22
+_HISTOGRAM_BINS = 1 << 14
+
+
+class _View(NamedTuple):
+    """Float32 `q` `[B, Hkv, G, Tq, D]`, `k` `[B, Hkv, Tk, D]`, `allowed` bool `[B, Tq, Tk]`."""
+
+    q: Tensor
+    k: Tensor
+    allowed: Tensor
+
+
+class Observer:
+    """Base of the two passes: shown every q, k that an attention module would have attended with."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        # `[B, T]` bool of the batch being run; rows of padding teach nothing. None: all count.
+        self.real_tokens: Tensor | None = None
+
+    def see(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+        batch, heads, queries, width = query.shape
+        kv_heads, keys = key.shape[1], key.shape[2]
+        allowed = torch.ones(batch, queries, keys, dtype=torch.bool, device=query.device)
+        if mask is not None:
+            # Hidden means hidden from every head; per-head masks only differ in their bias.
+            allowed &= split_mask(mask)[0].any(1)
+        if self.real_tokens is not None and self.real_tokens.shape == (batch, queries):
+            allowed &= self.real_tokens.to(allowed.device)[:, :, None]
+        q = query.detach().float().view(batch, kv_heads, heads // kv_heads, queries, width)
+        self.calls += 1
+        self.update(_View(q, key.detach().float(), allowed), scaling if scaling else width**-0.5)
+
+    def update(self, view: _View, scaling: float) -> None:
+        raise NotImplementedError
+
+
+class Moments(Observer):
+    """First pass, per query head: means over attended pairs, and the longest key and query.
+
+    After at least one call: `pairs`, `queries`, `keys` counts; sums `[H]` or `[Hkv]` in float64.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = self.queries = self.keys = 0
+        self.scaling = 0.0
+        self.sums: dict[str, Tensor] = {}
+        self.longest_key_sq = self.longest_query_sq = torch.zeros(())
+
+    def update(self, view: _View, scaling: float) -> None:
+        q, k, allowed = view
+        self.scaling = scaling
+        weights = allowed.float()
+        attended, seen = weights.sum(-1), weights.sum(-2)
+        query_sq, key_sq = q.square().sum(-1), k.square().sum(-1)
+        # sum_ij A_ij q_i.k_j = sum_i q_i.(A k)_i: no score matrix per head is needed.
+        gathered = weights[:, None] @ k
+        rows, columns = attended > 0, seen > 0
+        self._add("pair_dot", (q * gathered[:, :, None]).sum((0, 3, 4), dtype=torch.float64))
+        self._add("pair_query_sq", _total(query_sq * attended[:, None, None], (0, 3)))
+        self._add("pair_key_sq", _total(key_sq * seen[:, None], (0, 2)))
+        self._add("query_sq", _total(query_sq * rows[:, None, None], (0, 3)))
+        self._add("key_sq", _total(key_sq * columns[:, None], (0, 2)))
+        self.pairs += int(allowed.sum())
+        self.queries += int(rows.sum())
+        self.keys += int(columns.sum())
+        longest_key = (key_sq * columns[:, None]).amax((0, 2)).double()
+        longest_query = (query_sq * rows[:, None, None]).amax((0, 3)).double()
+        self.longest_key_sq = torch.maximum(self.longest_key_sq.to(longest_key), longest_key)
+        self.longest_query_sq = torch.maximum(
+            self.longest_query_sq.to(longest_query), longest_query
+        )
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+class Agreement(Observer):
+    """Second pass, per query head: KL from the host's attention to gravity's, and the contrast.
+
+    Contrast is `((d2_95 + eps) / (d2_05 + eps))^2` over attended pairs: by how much the pull of a
+    near key exceeds that of a far one. 1 means that distance makes no difference.
+    """
+
+    def __init__(self, terms: GravityTerms, law: str, reach_sq: Tensor) -> None:
+        super().__init__()
+        self.terms, self.law, self.reach_sq = terms, law, reach_sq
+        self.rows = 0
+        heads = terms.mass.shape[0]
+        self.kl_sum = torch.zeros(heads, dtype=torch.float64)
+        self.histogram = torch.zeros(heads, _HISTOGRAM_BINS, dtype=torch.float64)
+
+    def update(self, view: _View, scaling: float) -> None:
+        groups = view.q.shape[2]
+        keys = view.k.repeat_interleave(groups, 1)
+        radius = self.terms.key_radius_sq
+        radius = None if radius is None else radius.to(keys.device).repeat_interleave(groups)
+        terms = [t.to(keys.device) for t in (self.terms.mass, self.terms.softening)]
+        for q, allowed in _row_blocks(view):
+            distance_sq = squared_distance(q, keys, radius)
+            gravity = gravity_score(distance_sq, *terms, self.law)
+            host = scaling * (q @ keys.transpose(-2, -1))
+            self._add_divergence(host, gravity, allowed[:, None])
+            self._add_distances(distance_sq, allowed)
+
+    def _add_divergence(self, host: Tensor, gravity: Tensor, allowed: Tensor) -> None:
+        lowest = torch.finfo(host.dtype).min
+        log_host = host.masked_fill(~allowed, lowest).log_softmax(-1)
+        log_gravity = gravity.masked_fill(~allowed, lowest).log_softmax(-1)
+        terms = (log_host.exp() * (log_host - log_gravity)).masked_fill(~allowed, 0.0)
+        self.kl_sum += _total(terms.sum(-1), (0, 2)).cpu()
+        self.rows += int(allowed.any(-1).sum())
+
+    def _add_distances(self, distance_sq: Tensor, allowed: Tensor) -> None:
+        scale = _HISTOGRAM_BINS / self.reach_sq.clamp(min=1e-30).to(distance_sq)
+        bins = (distance_sq * scale[:, None, None]).long().clamp(0, _HISTOGRAM_BINS - 1)
+        for head in range(bins.shape[1]):
+            counts = torch.bincount(bins[:, head][allowed], minlength=_HISTOGRAM_BINS)
+            self.histogram[head] += counts.double().cpu()
+
+    def divergence(self) -> Tensor:
+        """Mean over query rows of KL(host || gravity), nats, `[H]`."""
+        # Equal distributions may come out below 0 by rounding.
+        return (self.kl_sum / max(self.rows, 1)).clamp(min=0.0)
+
+    def contrast(self) -> Tensor:
+        """`[H]`, at least 1."""
+        near, far = self._quantile(0.05), self._quantile(0.95)
+        softening = self.terms.softening.double().cpu()
+        return ((far + softening) / (near + softening)).square()
+
+    def _quantile(self, fraction: float) -> Tensor:
+        cumulative = self.histogram.cumsum(-1)
+        target = fraction * cumulative[:, -1:]
+        bin_ = torch.searchsorted(cumulative, target).clamp(max=_HISTOGRAM_BINS - 1)
+        inside = self.histogram.gather(-1, bin_)
+        before = cumulative.gather(-1, bin_) - inside
+        position = bin_ + ((target - before) / inside.clamp(min=1.0)).clamp(0.0, 1.0)
+        return position.squeeze(-1) * self.reach_sq.double().cpu() / _HISTOGRAM_BINS
+
+
+def _row_blocks(view: _View) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of `q` `[B, H, rows, D]` and `allowed` `[B, rows, Tk]`."""
+    batch, kv_heads, groups, queries, width = view.q.shape
+    q = view.q.reshape(batch, kv_heads * groups, queries, width)
+    per_row = batch * kv_heads * groups * view.k.shape[2]
+    rows = max(1, _BLOCK_ELEMENTS // max(per_row, 1))
+    for start in range(0, queries, rows):
+        yield q[:, :, start : start + rows], view.allowed[:, start : start + rows]
+
+
+def _total(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return values.sum(dims, dtype=torch.float64)

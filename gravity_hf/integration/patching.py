@@ -1,0 +1,260 @@
+"""`patch_with_gravity`, `unpatch_gravity`, `gravity_status`: all checks first, then all changes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from ..config import GravityConfig
+from .attention import ATTENTION_NAME
+from .hosts import (
+    CLASS_PREFIX,
+    GravityHost,
+    attach,
+    gravity_config_class,
+    gravity_model_class,
+    gravity_modules,
+    select_sites,
+    settings_of,
+)
+from .sites import AttentionSite, find_attention_sites, find_own_attention
+from .support import refuse_module
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_RIGHT_ORDER = "load, patch_with_gravity, LoRA, then compile or wrap"
+
+
+@dataclass(frozen=True)
+class GravityStatus:
+    """What is patched, with what, by which implementation.
+
+    `layers`: converted attention modules; `skipped`: those that keep dot-product attention, by
+    choice or because they compute attention on their own; `parameters`: added numbers.
+    """
+
+    patched: bool
+    model: str
+    config: GravityConfig | None
+    layers: tuple[str, ...]
+    skipped: tuple[str, ...]
+    implementation: str
+    parameters: int
+
+    def __str__(self) -> str:
+        if not self.patched or self.config is None:
+            return f"{self.model}: not patched ({self.implementation} attention)"
+        config = self.config
+        softness = "not calibrated" if config.softness is None else f"softness {config.softness:g}"
+        lines = [
+            f"{self.model}: gravity in {len(self.layers)} attention modules",
+            f"  law {config.law}, distance {config.distance}, {softness}",
+            f"  one mass per {config.mass_per}, {self.parameters} added numbers",
+            f"  implementation {self.implementation}",
+        ]
+        if self.skipped:
+            lines.append(f"  dot product kept in {len(self.skipped)}: {', '.join(self.skipped)}")
+        return "\n".join(lines)
+
+
+class _Plan(NamedTuple):
+    sites: list[AttentionSite]
+    settings: GravityConfig
+
+
+def patch_with_gravity(model: Model, config: GravityConfig | None = None) -> Model:
+    """Replace dot-product attention by gravity in `model`, in place.
+
+    The order is: load, patch, LoRA, then compile or wrap. Straight after patching with the default
+    constants a pretrained model is far from itself; `calibrate` brings it back.
+
+    Args:
+        model: any transformers model whose attention goes through AttentionInterface.
+        config: the settings; None takes `GravityConfig()`, the constants of Gravity-2.
+
+    Returns:
+        The same object. Patching again with the same settings changes nothing.
+
+    Raises:
+        TypeError: not a transformers model, or its attention cannot be replaced.
+        ValueError: the settings do not fit the model, or its attention has an argument that gravity
+            cannot honour.
+        RuntimeError: wrong order (already under LoRA, compiled or wrapped), or already patched with
+            other settings.
+    """
+    settings = GravityConfig() if config is None else config
+    if isinstance(model, GravityHost) and settings_of(model.config) == settings:  # type: ignore[attr-defined]
+        return model
+    if settings.distance == "lifted":
+        raise ValueError(
+            "patch_with_gravity: distance 'lifted' needs key radii measured on data. Patch with "
+            "distance='euclidean', then calibrate(model, batches) lifts the keys"
+        )
+    patch_structure(model, settings)
+    return model
+
+
+def patch_structure(model: nn.Module, settings: GravityConfig) -> None:
+    """`patch_with_gravity` for callers that fill in the gravity tensors themselves, key radii
+    included: loaders."""
+    _apply(model, _plan(model, settings))  # type: ignore[arg-type]
+
+
+def unpatch_gravity(model: Model) -> Model:
+    """Undo `patch_with_gravity`: the host again, bit for bit, with its own class and state-dict keys.
+
+    Raises:
+        RuntimeError: the model is not patched, or a LoRA adapter still holds copies of the masses.
+    """
+    refuse_wrapped(model, "unpatch_gravity", "first model.unload() or model.merge_and_unload()")
+    if not isinstance(model, GravityHost):
+        raise RuntimeError(f"unpatch_gravity: {type(model).__name__} is not patched")
+    for name in gravity_modules(model):
+        del model.get_submodule(name).gravity
+    originals = vars(model).pop("_gravity_host_attention", None)
+    for config in _configs(model):
+        if originals is not None:
+            implementation = originals.get(id(config), config._attn_implementation)
+        else:
+            implementation = model.get_correct_attn_implementation(None)  # type: ignore[attr-defined]
+        config._attn_implementation_internal = implementation
+    host_config = model.config  # type: ignore[attr-defined]
+    for key in ("gravity", "auto_map"):
+        vars(host_config).pop(key, None)
+    if host_config.architectures:
+        names = [name.removeprefix(CLASS_PREFIX) for name in host_config.architectures]
+        host_config.architectures = names
+    _change_class(model, type(model).__mro__[2], type(host_config).__mro__[2])
+    return model
+
+
+def gravity_status(model: nn.Module) -> GravityStatus:
+    """What is patched in `model`, with what, and how it is computed. Works under peft, too."""
+    modules = gravity_modules(model)
+    host = model.get_base_model() if _is_peft(model) else model
+    settings = settings_of(host.config) if isinstance(host, GravityHost) else None  # type: ignore[attr-defined]
+    current = getattr(getattr(host, "config", None), "_attn_implementation", None) or "own"
+    if settings is None:
+        return GravityStatus(False, type(host).__name__, None, (), (), current, 0)
+    sites = find_attention_sites(host)
+    converted = tuple(site.name for site in sites if hasattr(site.module, "gravity"))
+    kept = tuple(site.name for site in sites if not hasattr(site.module, "gravity"))
+    return GravityStatus(
+        patched=current == ATTENTION_NAME,
+        model=type(host).__name__,
+        config=settings,
+        layers=converted,
+        skipped=kept + find_own_attention(host),
+        implementation=settings.implementation if current == ATTENTION_NAME else current,
+        parameters=sum(p.numel() for m in modules.values() for p in m.parameters()),
+    )
+
+
+def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
+    refuse_wrapped(model, "patch_with_gravity", f"expected this order: {_RIGHT_ORDER}")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"patch_with_gravity: expected a transformers PreTrainedModel, got "
+            f"{type(model).__name__}. Load it with from_pretrained of an Auto class"
+        )
+    if isinstance(model, GravityHost):
+        raise RuntimeError(
+            f"patch_with_gravity: already patched with {settings_of(model.config)}, asked for "
+            f"{settings}. Call unpatch_gravity(model) first"
+        )
+    sites = select_sites(find_attention_sites(model), settings)
+    for site in sites:
+        refuse_module(site.name, site.module)
+        if hasattr(site.module, "gravity"):
+            raise ValueError(
+                f"{site.name} ({type(site.module).__name__}): expected no attribute `gravity`, "
+                "which is where its masses go, found one"
+            )
+        if site.query_heads % site.key_value_heads:
+            raise ValueError(
+                f"{site.name}: expected query heads a multiple of KV heads, got "
+                f"{site.query_heads} and {site.key_value_heads}"
+            )
+    return _Plan(sites, settings)
+
+
+def _apply(model: PreTrainedModel, plan: _Plan) -> None:
+    originals = {id(config): config._attn_implementation for config in _configs(model)}
+    model.set_attn_implementation(ATTENTION_NAME)
+    unreached = [s.name for s in plan.sites if _attention_of(s, model) != ATTENTION_NAME]
+    if unreached:
+        # transformers only logs when it cannot set an implementation; what it did set is undone.
+        for config in _configs(model):
+            config._attn_implementation_internal = originals[id(config)]
+        raise TypeError(
+            f"{type(model).__name__} does not let its attention implementation be set; expected "
+            f"'gravity' in {unreached[0]}, got {_attention_of(plan.sites[0], model)!r}"
+        )
+    config_class = gravity_config_class(type(model.config))
+    _change_class(model, gravity_model_class(type(model), config_class), config_class)
+    model.config.gravity = plan.settings.to_dict()
+    vars(model)["_gravity_host_attention"] = originals
+    for site in plan.sites:
+        attach(site, plan.settings, device=_device(site.module))
+
+
+def _change_class(model: Any, model_class: type, config_class: type) -> None:
+    recorded = dict.get(_CAN_RECORD_REGISTRY, str(model.__class__))
+    model.config.__class__ = config_class
+    model.__class__ = model_class
+    # What a class can record (hidden states) is looked up by the class's name.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(model_class), recorded)
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Every config object that a module of `model` holds, each once."""
+    held = (getattr(module, "config", None) for module in model.modules())
+    found = {id(config): config for config in held if isinstance(config, PreTrainedConfig)}
+    return list(found.values())
+
+
+def _attention_of(site: AttentionSite, model: PreTrainedModel) -> str | None:
+    return getattr(site.module, "config", model.config)._attn_implementation
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where a new child of `module` lives: offloaded modules compute on their hook's device."""
+    device = next((p.device for p in module.parameters()), None)
+    if device is not None and device.type == "meta":
+        hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(d) for d in devices if d is not None), torch.device("cpu"))
+    return device
+
+
+def _is_peft(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def refuse_wrapped(model: nn.Module, what: str, next_step: str) -> None:
+    """Raise RuntimeError if `model` is under LoRA, compiled, or wrapped for distribution."""
+    wrapper = None
+    if _is_peft(model) or getattr(model, "_hf_peft_config_loaded", False):
+        wrapper = "a model with a LoRA adapter"
+    elif "peft" in sys.modules and _has_tuner_layers(model):
+        wrapper = "a model with adapter layers"
+    elif hasattr(model, "_orig_mod"):
+        wrapper = "a compiled model"
+    elif type(model).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
+        wrapper = "a model wrapped by FSDP"
+    elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        wrapper = "a model wrapped for data parallelism"
+    if wrapper is not None:
+        raise RuntimeError(f"{what}: expected a bare model, got {wrapper}; {next_step}")
+
+
+def _has_tuner_layers(model: nn.Module) -> bool:
+    layer = sys.modules["peft"].tuners.tuners_utils.BaseTunerLayer
+    return any(isinstance(module, layer) for module in model.modules())

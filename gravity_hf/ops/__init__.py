@@ -1,0 +1,3 @@
+from .api import gravity_attention
+
+__all__ = ["gravity_attention"]

@@ -1,0 +1,101 @@
+"""LoRA on a patched model, masses and softenings included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..integration.adapters import GravityLoraConfig
+from ..integration.hosts import GravityHost, settings_of
+from ..integration.sites import find_attention_sites
+
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def gravity_lora(
+    model: PreTrainedModel,
+    r: int = 8,
+    *,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+) -> PeftModel:
+    """A peft model with LoRA on the attention projections; masses and softenings train in full.
+
+    Args:
+        model: patched, usually calibrated.
+        r: rank of the LoRA matrices.
+        alpha: LoRA scale numerator: updates are scaled by `alpha / r`.
+        dropout: dropout on the LoRA input.
+        target_modules: as in peft; None takes every projection (q, k, v, o, by whatever names) of
+            the attention blocks.
+
+    Returns:
+        A `PeftModel`. Saving it writes the adapter, the gravity tensors and the gravity settings;
+        `load_gravity_adapter` or `load_gravity_model` bring it back. Train it with `GravityTrainer`,
+        or with the parameter groups of `gravity_param_groups`: masses need a larger learning rate.
+
+    Raises:
+        RuntimeError: the model is not patched.
+    """
+    if not isinstance(model, GravityHost):
+        raise RuntimeError(
+            f"gravity_lora: expected a patched model, got {type(model).__name__}. The order is: "
+            "load, patch_with_gravity, calibrate, gravity_lora"
+        )
+    settings = settings_of(model.config)
+    assert settings is not None  # a GravityHost always has settings
+    config = GravityLoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=attention_projections(model) if target_modules is None else target_modules,
+        modules_to_save=["gravity"],
+        task_type=_task_type(model),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        gravity=settings.to_dict(),
+    )
+    peft_model = get_peft_model(model, config)
+    if getattr(model, "is_gradient_checkpointing", False):
+        # Frozen embeddings give checkpointed blocks no input that needs a gradient.
+        model.enable_input_require_grads()
+    return peft_model
+
+
+def attention_projections(model: nn.Module) -> list[str]:
+    """Full names of the linear layers in and around the routed attention modules.
+
+    Hosts of the BERT family keep the output projection in a sibling of the attention module, so the
+    search covers the enclosing block when that block is nothing but attention.
+    """
+    names: set[str] = set()
+    for site in find_attention_sites(model):
+        names |= _linear_names(site.name, site.module)
+        parent_name, _, _ = site.name.rpartition(".")
+        parent = model.get_submodule(parent_name) if parent_name else None
+        if parent is not None and "Attention" in type(parent).__name__:
+            names |= _linear_names(parent_name, parent)
+    return sorted(names)
+
+
+def _linear_names(prefix: str, module: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if name else prefix
+        for name, child in module.named_modules()
+        if isinstance(child, (nn.Linear, Conv1D))
+    }
+
+
+def _task_type(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    return next((task for ending, task in _TASK_TYPES.items() if name.endswith(ending)), None)
