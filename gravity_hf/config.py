@@ -32,7 +32,8 @@ class GravityConfig:
         learn_softening: every query head has a trainable softening `softplus(softening_log)`.
         layers: indices of the attention modules to convert, in the order in which the model lists
             them; `None` converts all. The others keep dot-product attention.
-        implementation: how the operator is computed: `"auto"`, `"reference"`, `"chunked"`, `"flex"`.
+        implementation: how the operator is computed: `"auto"`, `"reference"`, `"chunked"`,
+            `"flex"`.
         softness: the softness that `calibrate` used, `None` if the model was not calibrated.
         version: version of this block.
 
@@ -64,7 +65,7 @@ class GravityConfig:
             _require_number("softness", self.softness, 0.0)
         if self.layers is not None:
             object.__setattr__(self, "layers", _layer_indices(self.layers))
-        if self.version != CONFIG_VERSION:
+        if isinstance(self.version, bool) or self.version != CONFIG_VERSION:
             raise ValueError(
                 _message("version", f"{CONFIG_VERSION}", self.version)
                 + "; a newer checkpoint needs a newer gravity_hf: pip install -U gravity_hf"
@@ -113,4 +114,4 @@ def _layer_indices(layers: object) -> tuple[int, ...]:
     )
     if not valid:
         raise ValueError(_message("layers", "a list of indices >= 0, or None", layers))
-    return tuple(sorted(set(layers)))  # type: ignore[arg-type,call-overload]
+    return tuple(sorted(set(layers)))  # type: ignore[call-overload]

@@ -1,1 +1,1 @@
-"""The remote code that travels with exported checkpoints; inside the wheel: gravity_hf._remote_code."""
+"""The remote code of exported checkpoints; inside the wheel: gravity_hf._remote_code."""

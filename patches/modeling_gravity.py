@@ -1,9 +1,9 @@
 """Gravity attention for transformers in one self-contained file.
 
 It lies beside the weights of every exported gravity model, so that
-`AutoModel....from_pretrained(folder, trust_remote_code=True)` works where the library gravity_hf is not
-installed. It needs torch and transformers only. `import gravity_hf` before loading uses the library
-instead, which is faster and can also patch, calibrate and unpatch.
+`AutoModel....from_pretrained(folder, trust_remote_code=True)` works where the library gravity_hf is
+not installed. It needs torch and transformers only. `import gravity_hf` before loading uses the
+library instead, which is faster and can also patch, calibrate and unpatch.
 
 Any class name `Gravity<Host>` is made from transformers' `<Host>` when it is asked for.
 """
@@ -87,7 +87,7 @@ class GravityParameters(nn.Module):
 
 
 def gravity_weights(q, k, allowed, bias, mass, softening, radius_sq, law):
-    """Softmax over `M^2/(d^2+eps)` (force) or `-M^2 ln(d^2+eps)` (power); hidden rows give zeros."""
+    """Softmax over `M^2/(d^2+eps)` (force) or `-M^2 ln(d^2+eps)` (power); hidden rows: zeros."""
     kappa = k.square().sum(-1)[:, :, None] if radius_sq is None else radius_sq[:, None, None]
     distance_sq = q.square().sum(-1, keepdim=True) + kappa - 2.0 * q @ k.transpose(-2, -1)
     softened = distance_sq.clamp(min=0.0) + softening[:, None, None]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..config import GravityConfig
-from .hosts import GravityHost, gravity_modules, select_sites, settings_of
+from .hosts import gravity_modules, select_sites, settings_of
 from .patching import patch_structure, unpatch_gravity
 from .sites import find_attention_sites
 
@@ -27,7 +27,7 @@ _CONFIG_NAME = "adapter_config.json"
 
 @dataclass
 class GravityLoraConfig(LoraConfig):
-    """peft's LoraConfig plus `gravity`, the settings of the patch that the adapter was trained on."""
+    """peft's LoraConfig plus `gravity`, the settings of the patch under the adapter."""
 
     gravity: dict[str, Any] | None = field(
         default=None, metadata={"help": "Settings of the gravity patch under this adapter."}
@@ -59,15 +59,16 @@ def load_gravity_adapter(
     config = _read_config(where, hub)
     settings = _settings(where, config)
     weights = load_peft_weights(where, device="cpu", **hub)
-    fresh = not isinstance(model, GravityHost)
+    patched = settings_of(model)
+    fresh = patched is None
     if fresh and not patch:
         raise RuntimeError(
             f"{where}: this adapter was trained on gravity attention, expected a patched base, got "
             f"{type(model).__name__}. Call patch_with_gravity first, or pass patch=True"
         )
-    if not fresh and settings_of(model.config) != settings:
+    if not fresh and patched != settings:
         raise ValueError(
-            f"{where}: expected a base patched with {settings}, got {settings_of(model.config)}. "
+            f"{where}: expected a base patched with {settings}, got {patched}. "
             "Load the adapter onto an unpatched base"
         )
     _check_tensors(where, model, settings, set(weights))

@@ -32,12 +32,14 @@ def gravity_attention_forward(
 
     Args:
         module: the attention module; its child `gravity` is called for masses and softenings.
-        query: `[B, H, Tq, D]` after rotary embedding; key `[B, Hkv, Tk, D]`; value `[B, Hkv, Tk, Dv]`.
+        query: `[B, H, Tq, D]`, after rotary embedding.
+        key: `[B, Hkv, Tk, D]`.
+        value: `[B, Hkv, Tk, Dv]`.
         attention_mask: None (attend everywhere), or 4-D bool or additive float.
         scaling: the host's own; distances have no use for it, calibration does.
 
     Returns:
-        `[B, Tq, H, Dv]` contiguous, and the weights `[B, H, Tq, Tk]` where `output_attentions` asks.
+        `[B, Tq, H, Dv]` contiguous; the weights `[B, H, Tq, Tk]` where `output_attentions` asks.
     """
     gravity = getattr(module, "gravity", None)
     if gravity is None:

@@ -1,10 +1,10 @@
 """Masses, softenings and key radii from data, in closed form.
 
-Around a typical squared distance D of a head, gravity's score falls with d^2 at slope `M^2/(D+eps)^2`
-(force) or `M^2/(D+eps)` (power); the host's `scaling * q.k` falls at slope `scaling/2`. Equal slopes
-give the mass. Lifted keys remove the one thing that distances punish and dot products do not, the
-length of a key; the softening then dials how gravitational the head is: at a large one the head is
-the host's again, at 0 it is bare gravity.
+Around a typical squared distance D of a head, gravity's score falls with d^2 at slope
+`M^2/(D+eps)^2` (force) or `M^2/(D+eps)` (power); the host's `scaling * q.k` falls at slope
+`scaling/2`. Equal slopes give the mass. Lifted keys remove the one thing that distances punish and
+dot products do not, the length of a key; the softening then dials how gravitational the head is: at
+a large one the head is the host's again, at 0 it is bare gravity.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..config import DISTANCES, EPSILON_FLOOR, GravityConfig
 from ..layers.parameters import GravityParameters, GravityTerms, inverse_softplus
 from .calibration_report import CalibrationReport
-from .hosts import GravityHost, gravity_modules, settings_of
+from .hosts import gravity_modules, settings_of
 from .observers import Agreement, Moments, Observer
 from .patching import refuse_wrapped
 
@@ -53,11 +53,13 @@ def calibrate(
 
     Args:
         model: patched by `patch_with_gravity`, not yet under LoRA.
-        batches: model inputs as dicts of tensors (`input_ids`, `attention_mask`, `pixel_values`, ...).
-            A few thousand tokens are enough. A generator is read into memory first: inputs only.
+        batches: model inputs as dicts of tensors (`input_ids`, `attention_mask`, `pixel_values`,
+            ...). A few thousand tokens are enough. A generator is read into memory first: inputs
+            only.
         softness: f >= 0. The softening of a head is `f (mean |q|^2 + R^2)` (lifted) or
-            `f (mean |q|^2 + mean |k|^2)` (euclidean), at least the config's epsilon. Large f: close to
-            the host and barely gravitational; always quote f, or the contrast, beside the quality.
+            `f (mean |q|^2 + mean |k|^2)` (euclidean), at least the config's epsilon. Large f: close
+            to the host and barely gravitational; always quote f, or the contrast, beside the
+            quality.
         distance: `"lifted"` or `"euclidean"`.
         progress: True or False; None shows a bar on terminals only.
 
@@ -98,14 +100,15 @@ def calibrate(
         learn_softening=settings.learn_softening or softness > 0,
     )
     for name, solution in solutions.items():
-        _install(model.get_submodule(name), solution, calibrated)
+        attention = model.get_submodule(name)
+        attention.gravity = _calibrated(modules[name], solution, calibrated)
     model.config.gravity = calibrated.to_dict()  # type: ignore[union-attr]
     return _report(calibrated, modules, solutions, agreements)
 
 
 def _check(model: nn.Module, softness: float, distance: str) -> GravityConfig:
     refuse_wrapped(model, "calibrate", "expected this order: load, patch, calibrate, LoRA")
-    settings = settings_of(model.config) if isinstance(model, GravityHost) else None  # type: ignore[attr-defined]
+    settings = settings_of(model)
     if settings is None:
         raise RuntimeError(
             f"calibrate: expected a patched model, got {type(model).__name__}. "
@@ -155,13 +158,13 @@ def _observing(
 ) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     model.eval()
-    for name, module in modules.items():
-        module.observer = observers[name]
+    for name, gravity in modules.items():
+        gravity.observer = observers[name]
     try:
         yield
     finally:
-        for module in modules.values():
-            module.observer = None
+        for gravity in modules.values():
+            gravity.observer = None
         for module, mode in training.items():
             module.training = mode
 
@@ -217,8 +220,9 @@ def _terms(module: GravityParameters, solution: _Solution) -> GravityTerms:
     )
 
 
-def _install(attention: nn.Module, solution: _Solution, settings: GravityConfig) -> None:
-    old: GravityParameters = attention.gravity  # type: ignore[assignment]
+def _calibrated(
+    old: GravityParameters, solution: _Solution, settings: GravityConfig
+) -> GravityParameters:
     new = GravityParameters(settings, old.query_heads, old.key_value_heads)
     with torch.no_grad():
         # Equal positions of every head can make a mass 0, whose logarithm is not a number.
@@ -227,9 +231,9 @@ def _install(attention: nn.Module, solution: _Solution, settings: GravityConfig)
             softening = solution.softening.clamp(min=EPSILON_FLOOR)
             new.softening_log.copy_(inverse_softplus(softening))
         if settings.distance == "lifted":
-            new.key_radius_sq.copy_(solution.radius_sq)  # type: ignore[arg-type]
-    new.train(old.training)
-    attention.gravity = new.to(old.mass_log.device)
+            assert solution.radius_sq is not None  # solved for this distance
+            new.key_radius_sq.copy_(solution.radius_sq)
+    return new.train(old.training).to(old.mass_log.device)
 
 
 def _report(

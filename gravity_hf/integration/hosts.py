@@ -1,13 +1,12 @@
 """`Gravity<Host>` classes, made on demand, and their place in transformers' Auto classes.
 
 A gravity checkpoint carries its own `model_type`, so that software which does not know gravity
-refuses it. Here that type is turned into classes again: `gravity_qwen2` is `Qwen2Config` with another
-name, `GravityQwen2ForCausalLM` is `Qwen2ForCausalLM` with gravity modules attached.
+refuses it. Here that type is turned into classes again: `gravity_qwen2` is `Qwen2Config` with
+another name, `GravityQwen2ForCausalLM` is `Qwen2ForCausalLM` with gravity modules attached.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
@@ -32,17 +31,20 @@ from ..layers.parameters import GravityParameters
 from .attention import ATTENTION_NAME, register
 from .autos import MODEL_TYPE_PREFIX
 from .remote_code import REMOTE_CODE_MODULE, copy_remote_code
-from .sites import AttentionSite, find_attention_sites
+from .sites import AttentionSite, find_attention_sites, memoised
+
+# `GravityHost` is mixed into PreTrainedModels; it must not be one itself, or it would carry the
+# base's defaults in front of the host's. Type checkers are told that it may be anything.
+_Base: Any = object
 
 CLASS_PREFIX = "Gravity"
 
 register()
 
 
-def settings_of(config: PreTrainedConfig) -> GravityConfig | None:
-    """The `gravity` block of a model's config, or None."""
-    block = getattr(config, "gravity", None)
-    return None if block is None else GravityConfig.from_dict(block)
+def settings_of(model: nn.Module) -> GravityConfig | None:
+    """The settings of a patched model; None for any other."""
+    return _read_settings(model.config) if isinstance(model, GravityHost) else None
 
 
 def select_sites(sites: list[AttentionSite], settings: GravityConfig) -> list[AttentionSite]:
@@ -69,11 +71,11 @@ class GravityHostConfig:
         return output
 
 
-class GravityHost:
+class GravityHost(_Base):
     """First base of every gravity model: attaches the gravity modules and guards load and save."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        settings = settings_of(config)
+        settings = _read_settings(config)
         if settings is None:
             raise ValueError(
                 f"{type(self).__name__}: expected config.gravity, the gravity settings, got none. "
@@ -82,7 +84,7 @@ class GravityHost:
         _refuse_other_attention(type(self).__name__, config._attn_implementation)
         config._attn_implementation = ATTENTION_NAME
         super().__init__(config, *args, **kwargs)
-        for site in select_sites(find_attention_sites(self), settings):  # type: ignore[arg-type]
+        for site in select_sites(find_attention_sites(self), settings):
             attach(site, settings)
 
     @classmethod
@@ -90,9 +92,7 @@ class GravityHost:
         """As in transformers; a checkpoint without all of its gravity tensors is refused, because
         parameters missing from a checkpoint would be uninitialised memory."""
         want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(key for key in info["missing_keys"] if ".gravity." in key)
         if missing:
             raise ValueError(
@@ -117,7 +117,7 @@ class GravityHost:
             )
         if kwargs.get("is_main_process", True):
             copy_remote_code(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def attach(site: AttentionSite, settings: GravityConfig, device: Any = None) -> GravityParameters:
@@ -146,7 +146,7 @@ def is_native(host: type) -> bool:
     return getattr(transformers, host.__name__, None) is host
 
 
-@functools.cache
+@memoised
 def gravity_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """`Gravity<Host>Config`, registered with every Auto class that knows the host."""
     model_type = MODEL_TYPE_PREFIX + host.model_type
@@ -157,14 +157,14 @@ def gravity_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]
         if host in mapping:
             value = mapping[host]
             if isinstance(value, type) and issubclass(value, PreTrainedModel):
-                if value.config_class is not host:
+                if value.config_class is not host:  # type: ignore[attr-defined]
                     continue
                 value = gravity_model_class(value, cls)
             mapping.register(cls, value, exist_ok=True)
     return cls
 
 
-@functools.cache
+@memoised
 def gravity_model_class(
     host: type[PreTrainedModel], config_class: type[PreTrainedConfig]
 ) -> type[PreTrainedModel]:
@@ -190,8 +190,14 @@ def __getattr__(name: str) -> type:
         if issubclass(host, PreTrainedConfig):
             return gravity_config_class(host)
         if issubclass(host, PreTrainedModel):
-            return gravity_model_class(host, gravity_config_class(host.config_class))
+            config_class = gravity_config_class(host.config_class)  # type: ignore[attr-defined]
+            return gravity_model_class(host, config_class)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _read_settings(config: PreTrainedConfig) -> GravityConfig | None:
+    block = getattr(config, "gravity", None)
+    return None if block is None else GravityConfig.from_dict(block)
 
 
 def _refuse_other_attention(model: str, requested: Any) -> None:
@@ -211,7 +217,7 @@ def _inherit_weight_conversions(host: str, name: str) -> None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
 
 
-@functools.cache
+@memoised
 def _auto_mappings() -> tuple[_LazyAutoMapping, ...]:
     modules = (
         modeling_auto,

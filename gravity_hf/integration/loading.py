@@ -1,8 +1,9 @@
-"""Loading gravity models: our own folders, Gravity-2's mass file beside a plain host, LoRA folders."""
+"""Loading gravity models: our own folders, Gravity-2's hosts with a mass file, LoRA folders."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file
 
 from ..config import GravityConfig
+from ..layers.parameters import GravityParameters
 from . import hosts
 from .autos import MODEL_TYPE_PREFIX
 from .mass_log import check_mass_counts, read_mass_log
 from .patching import patch_with_gravity
-from .sites import AttentionSite, find_attention_sites
+from .sites import find_attention_sites
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,9 +85,8 @@ def load_gravity_mass_log(model: Model, path: str | os.PathLike) -> Model:
     Raises:
         ValueError: the file is not such a file, or does not fit the model.
     """
-    patched = isinstance(model, hosts.GravityHost)
-    settings = hosts.settings_of(model.config) if patched else GravityConfig()  # type: ignore[attr-defined]
-    assert settings is not None  # a GravityHost always has settings
+    patched = hosts.settings_of(model)
+    settings = patched or GravityConfig()
     if settings.distance != "euclidean" or settings.law != "force":
         raise ValueError(
             f"{path}: Gravity-2's masses belong to law 'force' and distance 'euclidean', got a "
@@ -95,12 +96,13 @@ def load_gravity_mass_log(model: Model, path: str | os.PathLike) -> Model:
     rows = read_mass_log(path, [site.name for site in sites])
     granularity = check_mass_counts(rows, [(s.query_heads, s.key_value_heads) for s in sites])
     if patched:
-        _check_counts(path, sites, rows, settings.mass_per)
+        _check_counts(path, hosts.gravity_modules(model), rows, settings.mass_per)
     else:
         patch_with_gravity(model, GravityConfig(mass_per=granularity))
     with torch.no_grad():
+        modules = hosts.gravity_modules(model)
         for site, row in zip(sites, rows, strict=True):
-            site.module.gravity.mass_log.copy_(row)  # type: ignore[union-attr]
+            modules[site.name].mass_log.copy_(row)
     return model
 
 
@@ -125,13 +127,15 @@ def model_class_of(config: PreTrainedConfig) -> Any:
 
 
 def _check_counts(
-    path: str | os.PathLike, sites: list[AttentionSite], rows: list[torch.Tensor], mass_per: str
+    path: str | os.PathLike,
+    modules: Mapping[str, GravityParameters],
+    rows: list[torch.Tensor],
+    mass_per: str,
 ) -> None:
-    for site, row in zip(sites, rows, strict=True):
-        expected = site.module.gravity.mass_count  # type: ignore[union-attr]
-        if row.numel() != expected:
+    for (name, module), row in zip(modules.items(), rows, strict=True):
+        if row.numel() != module.mass_count:
             raise ValueError(
-                f"{path}: {site.name}: expected {expected} masses (the model has one per "
+                f"{path}: {name}: expected {module.mass_count} masses (the model has one per "
                 f"{mass_per}), got {row.numel()}. Load the file into an unpatched host instead"
             )
 

@@ -25,7 +25,7 @@ class _View(NamedTuple):
 
 
 class Observer:
-    """Base of the two passes: shown every q, k that an attention module would have attended with."""
+    """Base of the two passes: shown every q and k that an attention module attends with."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -110,10 +110,10 @@ class Agreement(Observer):
         keys = view.k.repeat_interleave(groups, 1)
         radius = self.terms.key_radius_sq
         radius = None if radius is None else radius.to(keys.device).repeat_interleave(groups)
-        terms = [t.to(keys.device) for t in (self.terms.mass, self.terms.softening)]
+        mass, softening = (t.to(keys.device) for t in (self.terms.mass, self.terms.softening))
         for q, allowed in _row_blocks(view):
             distance_sq = squared_distance(q, keys, radius)
-            gravity = gravity_score(distance_sq, *terms, self.law)
+            gravity = gravity_score(distance_sq, mass, softening, self.law)
             host = scaling * (q @ keys.transpose(-2, -1))
             self._add_divergence(host, gravity, allowed[:, None])
             self._add_distances(distance_sq, allowed)

@@ -89,7 +89,7 @@ def patch_with_gravity(model: Model, config: GravityConfig | None = None) -> Mod
             other settings.
     """
     settings = GravityConfig() if config is None else config
-    if isinstance(model, GravityHost) and settings_of(model.config) == settings:  # type: ignore[attr-defined]
+    if settings_of(model) == settings:
         return model
     if settings.distance == "lifted":
         raise ValueError(
@@ -103,11 +103,11 @@ def patch_with_gravity(model: Model, config: GravityConfig | None = None) -> Mod
 def patch_structure(model: nn.Module, settings: GravityConfig) -> None:
     """`patch_with_gravity` for callers that fill in the gravity tensors themselves, key radii
     included: loaders."""
-    _apply(model, _plan(model, settings))  # type: ignore[arg-type]
+    _apply(model, _plan(model, settings))
 
 
 def unpatch_gravity(model: Model) -> Model:
-    """Undo `patch_with_gravity`: the host again, bit for bit, with its own class and state-dict keys.
+    """Undo `patch_with_gravity`: the host again, bit for bit, its class and state-dict keys too.
 
     Raises:
         RuntimeError: the model is not patched, or a LoRA adapter still holds copies of the masses.
@@ -117,16 +117,16 @@ def unpatch_gravity(model: Model) -> Model:
         raise RuntimeError(f"unpatch_gravity: {type(model).__name__} is not patched")
     for name in gravity_modules(model):
         del model.get_submodule(name).gravity
-    originals = vars(model).pop("_gravity_host_attention", None)
+    originals = model.__dict__.pop("_gravity_host_attention", None)
     for config in _configs(model):
         if originals is not None:
             implementation = originals.get(id(config), config._attn_implementation)
         else:
-            implementation = model.get_correct_attn_implementation(None)  # type: ignore[attr-defined]
+            implementation = model.get_correct_attn_implementation(None)
         config._attn_implementation_internal = implementation
-    host_config = model.config  # type: ignore[attr-defined]
+    host_config = model.config
     for key in ("gravity", "auto_map"):
-        vars(host_config).pop(key, None)
+        host_config.__dict__.pop(key, None)
     if host_config.architectures:
         names = [name.removeprefix(CLASS_PREFIX) for name in host_config.architectures]
         host_config.architectures = names
@@ -137,8 +137,8 @@ def unpatch_gravity(model: Model) -> Model:
 def gravity_status(model: nn.Module) -> GravityStatus:
     """What is patched in `model`, with what, and how it is computed. Works under peft, too."""
     modules = gravity_modules(model)
-    host = model.get_base_model() if _is_peft(model) else model
-    settings = settings_of(host.config) if isinstance(host, GravityHost) else None  # type: ignore[attr-defined]
+    host: Any = model.get_base_model() if _is_peft(model) else model  # type: ignore[operator]
+    settings = settings_of(host)
     current = getattr(getattr(host, "config", None), "_attn_implementation", None) or "own"
     if settings is None:
         return GravityStatus(False, type(host).__name__, None, (), (), current, 0)
@@ -165,7 +165,7 @@ def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
         )
     if isinstance(model, GravityHost):
         raise RuntimeError(
-            f"patch_with_gravity: already patched with {settings_of(model.config)}, asked for "
+            f"patch_with_gravity: already patched with {settings_of(model)}, asked for "
             f"{settings}. Call unpatch_gravity(model) first"
         )
     sites = select_sites(find_attention_sites(model), settings)
@@ -199,7 +199,7 @@ def _apply(model: PreTrainedModel, plan: _Plan) -> None:
     config_class = gravity_config_class(type(model.config))
     _change_class(model, gravity_model_class(type(model), config_class), config_class)
     model.config.gravity = plan.settings.to_dict()
-    vars(model)["_gravity_host_attention"] = originals
+    model.__dict__["_gravity_host_attention"] = originals
     for site in plan.sites:
         attach(site, plan.settings, device=_device(site.module))
 

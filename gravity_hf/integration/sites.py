@@ -1,15 +1,17 @@
-"""Finding the attention modules of any model that route through transformers' AttentionInterface."""
+"""Finding the attention modules of a model that route through AttentionInterface."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _KV_HEAD_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads")
@@ -22,6 +24,11 @@ class AttentionSite(NamedTuple):
     module: nn.Module
     query_heads: int
     key_value_heads: int
+
+
+def memoised(function: Function) -> Function:
+    """`functools.cache` that keeps the function's signature for type checkers."""
+    return functools.cache(function)  # type: ignore[return-value]
 
 
 def find_attention_sites(model: nn.Module) -> list[AttentionSite]:
@@ -40,8 +47,8 @@ def find_attention_sites(model: nn.Module) -> list[AttentionSite]:
         own = sorted({type(m).__name__ for m in model.modules() if _looks_like_attention(m)})
         raise TypeError(
             f"{type(model).__name__} cannot be patched: expected attention modules that go through "
-            f"transformers' AttentionInterface, found {own or 'no attention at all'}, which compute "
-            "attention on their own. Use a host that supports custom attention implementations"
+            f"transformers' AttentionInterface, found {own or 'no attention at all'}, which "
+            "compute attention on their own. Use a host with custom attention implementations"
         )
     return sites
 
@@ -60,7 +67,7 @@ def find_own_attention(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-@functools.cache
+@memoised
 def routes_through_interface(cls: type) -> bool:
     """Whether a method of `cls` looks up its attention function in transformers' registry.
 

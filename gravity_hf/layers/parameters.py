@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from ..config import EPSILON_FLOOR, GravityConfig
 
 
 class GravityTerms(NamedTuple):
-    """What one attention module adds to q, k, v. `mass` `[H]`; `softening` `[H]`, in units of squared
-    distance; `key_radius_sq` `[Hkv]` for lifted keys, else None. All float32."""
+    """What one attention module adds to q, k, v. `mass` `[H]`; `softening` `[H]`, in units of
+    squared distance; `key_radius_sq` `[Hkv]` for lifted keys, else None. All float32."""
 
     mass: Tensor
     softening: Tensor
@@ -38,6 +38,9 @@ class GravityParameters(nn.Module):
     `key_radius_sq` `[Hkv]` (persistent buffer) where `config.distance == "lifted"`.
     """
 
+    softening_log: nn.Parameter
+    key_radius_sq: Tensor
+
     def __init__(
         self,
         config: GravityConfig,
@@ -50,7 +53,7 @@ class GravityParameters(nn.Module):
         self.query_heads = query_heads
         self.key_value_heads = key_value_heads
         # Set only while `calibrate` runs: an object that is shown every q, k of this module.
-        self.observer = None
+        self.observer: Any = None
         kind = {"dtype": torch.float32, "device": device}
         self.mass_log = nn.Parameter(torch.full((self.mass_count,), config.mass_init, **kind))
         if config.learn_softening:

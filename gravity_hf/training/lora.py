@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..integration.adapters import GravityLoraConfig
-from ..integration.hosts import GravityHost, settings_of
+from ..integration.hosts import settings_of
 from ..integration.sites import find_attention_sites
 
 _TASK_TYPES = {
@@ -42,19 +42,19 @@ def gravity_lora(
 
     Returns:
         A `PeftModel`. Saving it writes the adapter, the gravity tensors and the gravity settings;
-        `load_gravity_adapter` or `load_gravity_model` bring it back. Train it with `GravityTrainer`,
-        or with the parameter groups of `gravity_param_groups`: masses need a larger learning rate.
+        `load_gravity_adapter` or `load_gravity_model` bring it back. Train it with
+        `GravityTrainer`, or with the parameter groups of `gravity_param_groups`: masses need a
+        larger learning rate.
 
     Raises:
         RuntimeError: the model is not patched.
     """
-    if not isinstance(model, GravityHost):
+    settings = settings_of(model)
+    if settings is None:
         raise RuntimeError(
             f"gravity_lora: expected a patched model, got {type(model).__name__}. The order is: "
             "load, patch_with_gravity, calibrate, gravity_lora"
         )
-    settings = settings_of(model.config)
-    assert settings is not None  # a GravityHost always has settings
     config = GravityLoraConfig(
         r=r,
         lora_alpha=alpha,

@@ -22,7 +22,8 @@ def gravity_param_groups(
 ) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters, gravity's own last.
 
-    A mass enters through softplus, so a mass of 100 moves by one learning rate a step like a mass of
+    A mass enters through softplus, so a mass of 100 moves by one learning rate a step like a mass
+    of
     1: without a rate of their own, masses stand still. Decay would pull every mass to softplus(0).
 
     Args:

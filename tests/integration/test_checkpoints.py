@@ -38,7 +38,7 @@ def saved_model(family, folder, law="force", **options):
 
 @pytest.mark.parametrize("family, tied", HOSTS)
 def test_a_saved_model_comes_back_bit_for_bit(family, tied, tmp_path):
-    """F5, F11: the attention name is not saved by transformers, tying is a dict, both must return."""
+    """F5, F11: transformers does not save the attention's name; tied weights need a dict."""
     model, inputs = saved_model(family, tmp_path, tied=tied), tiny_inputs(family)
     expected = logits(model, inputs)
     auto = AUTOS.get(family, AutoModelForCausalLM)
@@ -133,9 +133,14 @@ def test_a_plain_host_loaded_with_a_gravity_class_is_refused(tmp_path):
         hosts.GravityQwen2ForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"unknown": 1}, "unknown"), ({"version": 99}, "pip install -U"), ({"law": "x"}, "law"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"unknown": 1}, "unknown"),
+        ({"version": 99}, "pip install -U"),
+        ({"law": "x"}, "law"),
+    ],
+)
 def test_settings_that_are_not_understood_are_refused(change, message, tmp_path):
     saved_model("qwen2", tmp_path)
     file = tmp_path / "config.json"

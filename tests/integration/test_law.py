@@ -36,7 +36,7 @@ def attend(q, k, v, mass, eps, radius_sq, law, visible):
 
 
 def loop_forward(model, ids, mask):
-    """Qwen2's forward in float64 with the loop as its attention; masses read from the state dict."""
+    """Qwen2's forward in float64 with the loop as its attention."""
     from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
     gravity = model.config.gravity

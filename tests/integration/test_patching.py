@@ -99,10 +99,13 @@ def test_mass_granularity(granularity, count):
     assert logits(model, inputs).isfinite().all()
 
 
-@pytest.mark.parametrize("model_class, config", [
-    ("BloomForCausalLM", {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    ("MambaForCausalLM", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}),
-])
+@pytest.mark.parametrize(
+    "model_class, config",
+    [
+        ("BloomForCausalLM", {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+        ("MambaForCausalLM", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}),
+    ],
+)
 def test_an_architecture_out_of_reach_is_refused_by_name(model_class, config):
     """F7: transformers itself would only log a warning and go on with dot products."""
     cls = getattr(transformers, model_class)

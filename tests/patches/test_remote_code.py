@@ -21,8 +21,8 @@ import sys
 sys.modules["gravity_hf"] = None
 import safetensors.torch, torch, transformers
 for folder in sys.argv[1:]:
-    auto = transformers.AutoModelForMaskedLM if "bert" in folder else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(folder, trust_remote_code=True)
+    auto = transformers.AutoModelForMaskedLM if "bert" in folder else
+    transformers.AutoModelForCausalLM model = auto.from_pretrained(folder, trust_remote_code=True)
     inputs = safetensors.torch.load_file(folder + "/inputs")
     with torch.no_grad():
         result = {"logits": model(**inputs).logits}
@@ -106,6 +106,7 @@ def test_the_remote_file_knows_exactly_the_library_s_settings():
     from dataclasses import fields
 
     from gravity_hf._remote_code import modeling_gravity
+
     from gravity_hf.config import CONFIG_VERSION, EPSILON_FLOOR
     from gravity_hf.integration.support import REFUSED_ARGUMENTS
 
