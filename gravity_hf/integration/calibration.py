@@ -1,10 +1,15 @@
 """Masses, softenings and key radii from data, in closed form.
 
-Around a typical squared distance D of a head, gravity's score falls with d^2 at slope
-`M^2/(D+eps)^2` (force) or `M^2/(D+eps)` (power); the host's `scaling * q.k` falls at slope
-`scaling/2`. Equal slopes give the mass. Lifted keys remove the one thing that distances punish and
-dot products do not, the length of a key; the softening then dials how gravitational the head is: at
-a large one the head is the host's again, at 0 it is bare gravity.
+Around a squared distance D, gravity's score falls with d^2 at slope `M^2/(D+eps)^2` (force) or
+`M^2/(D+eps)` (power); the host's `scaling * q.k` falls at slope `scaling/2`. Equal slopes give the
+mass. D is the mean squared distance under the host's own attention weights: the KL between the two
+attentions is, to second order, the variance of their score difference under those weights, and a
+tangent taken at their mean keeps it smallest. (The plain mean over all pairs, where hardly any
+attention falls, makes the near keys far too heavy.)
+
+Lifted keys remove the one thing that distances punish and dot products do not, the length of a key;
+the softening then dials how gravitational the head is: at a large one the head is the host's again,
+at 0 it is bare gravity.
 """
 
 from __future__ import annotations
@@ -173,30 +178,23 @@ def _solve(
     name: str, seen: Moments, settings: GravityConfig, softness: float, distance: str
 ) -> _Solution:
     sums = {key: value.cpu() for key, value in seen.sums.items()}
-    groups = sums["pair_dot"].shape[1]
-
-    def per_query_head(value: Tensor) -> Tensor:
-        return value.cpu()[:, None].expand(-1, groups).flatten()
-
     longest_key_sq = seen.longest_key_sq.cpu()
-    mean_dot = (sums["pair_dot"] / seen.pairs).flatten()
-    mean_pair_query_sq = (sums["pair_query_sq"] / seen.pairs).flatten()
-    mean_query_sq = (sums["query_sq"] / seen.queries).flatten()
-    longest = per_query_head(longest_key_sq)
+    groups = sums["dot"].shape[0] // longest_key_sq.shape[0]
+    longest = longest_key_sq.repeat_interleave(groups)
+    mean_query_sq = sums["query_sq"] / seen.queries
     if distance == "lifted":
         radius_sq, kappa, key_scale = longest_key_sq, longest, longest
     else:
-        radius_sq = None
-        kappa = per_query_head(sums["pair_key_sq"] / seen.pairs)
-        key_scale = per_query_head(sums["key_sq"] / seen.keys)
-    mean_distance = (mean_pair_query_sq + kappa - 2.0 * mean_dot).clamp(min=0.0)
+        radius_sq, kappa = None, sums["attended_key_sq"] / seen.queries
+        key_scale = (sums["key_sq"] / seen.keys).repeat_interleave(groups)
+    mean_distance = (mean_query_sq + kappa - 2.0 * sums["dot"] / seen.queries).clamp(min=0.0)
     softening = (softness * (mean_query_sq + key_scale)).clamp(min=settings.epsilon)
     typical = mean_distance + softening
     if settings.law == "force":
         mass = typical * math.sqrt(seen.scaling / 2.0)
     else:
         mass = (typical * seen.scaling / 2.0).sqrt()
-    reach_sq = (seen.longest_query_sq.cpu().flatten().sqrt() + longest.sqrt()).square()
+    reach_sq = (seen.longest_query_sq.cpu().sqrt() + longest.sqrt()).square()
     solution = _Solution(mass, softening, mean_distance, radius_sq, reach_sq)
     for field, value in solution._asdict().items():
         if value is not None and not value.isfinite().all():

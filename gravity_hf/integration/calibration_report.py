@@ -16,10 +16,10 @@ _COLUMNS = ("mean_distance", "mass", "softening", "key_radius_sq", "contrast", "
 class CalibrationReport:
     """One row per converted head.
 
-    Row keys: `layer` (module name), `head` (query head), `mean_distance` (mean squared distance
-    over attended pairs), `mass`, `softening`, `key_radius_sq` (None when euclidean), `contrast`
-    (`((d2_95 + eps)/(d2_05 + eps))^2`; near 1 the head is barely gravitational), `kl` (mean
-    KL(host || gravity) of the attention rows, nats).
+    Row keys: `layer` (module name), `head` (query head), `mean_distance` (squared distance, mean
+    under the host's attention weights), `mass`, `softening`, `key_radius_sq` (None when euclidean),
+    `contrast` (`((d2_95 + eps)/(d2_05 + eps))^2` over visible pairs; near 1 the head is barely
+    gravitational), `kl` (mean KL(host || gravity) of the attention rows, nats).
     """
 
     settings: GravityConfig

@@ -50,41 +50,41 @@ class Observer:
 
 
 class Moments(Observer):
-    """First pass, per query head: means over attended pairs, and the longest key and query.
+    """First pass, per head: where the host's own attention falls, and the longest key and query.
 
-    After at least one call: `pairs`, `queries`, `keys` counts; sums `[H]` or `[Hkv]` in float64.
+    Sums in float64, one term per query row: `dot` and `attended_key_sq` are means over that row's
+    keys under the host's attention weights, `query_sq` is the query's own; `key_sq` has one term
+    per visible key. `[H]`, except `key_sq` `[Hkv]`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.pairs = self.queries = self.keys = 0
+        self.queries = self.keys = 0
         self.scaling = 0.0
         self.sums: dict[str, Tensor] = {}
         self.longest_key_sq = self.longest_query_sq = torch.zeros(())
 
     def update(self, view: _View, scaling: float) -> None:
-        q, k, allowed = view
         self.scaling = scaling
-        weights = allowed.float()
-        attended, seen = weights.sum(-1), weights.sum(-2)
-        query_sq, key_sq = q.square().sum(-1), k.square().sum(-1)
-        # sum_ij A_ij q_i.k_j = sum_i q_i.(A k)_i: no score matrix per head is needed.
-        gathered = weights[:, None] @ k
-        rows, columns = attended > 0, seen > 0
-        self._add("pair_dot", (q * gathered[:, :, None]).sum((0, 3, 4), dtype=torch.float64))
-        self._add("pair_query_sq", _total(query_sq * attended[:, None, None], (0, 3)))
-        self._add("pair_key_sq", _total(key_sq * seen[:, None], (0, 2)))
-        self._add("query_sq", _total(query_sq * rows[:, None, None], (0, 3)))
-        self._add("key_sq", _total(key_sq * columns[:, None], (0, 2)))
-        self.pairs += int(allowed.sum())
+        rows, columns = view.allowed.any(-1), view.allowed.any(-2)
+        query_sq = view.q.square().sum(-1).flatten(1, 2) * rows[:, None]
+        key_sq = view.k.square().sum(-1) * columns[:, None]
+        self._add("query_sq", _total(query_sq, (0, 2)))
+        self._add("key_sq", _total(key_sq, (0, 2)))
         self.queries += int(rows.sum())
         self.keys += int(columns.sum())
-        longest_key = (key_sq * columns[:, None]).amax((0, 2)).double()
-        longest_query = (query_sq * rows[:, None, None]).amax((0, 3)).double()
-        self.longest_key_sq = torch.maximum(self.longest_key_sq.to(longest_key), longest_key)
-        self.longest_query_sq = torch.maximum(
-            self.longest_query_sq.to(longest_query), longest_query
-        )
+        self.longest_query_sq = _longest(self.longest_query_sq, query_sq)
+        self.longest_key_sq = _longest(self.longest_key_sq, key_sq)
+
+        keys = view.k.repeat_interleave(view.q.shape[2], 1)
+        attended_sq = keys.square().sum(-1)[:, :, None]
+        for q, allowed in _row_blocks(view):
+            dot = q @ keys.transpose(-2, -1)
+            hidden = ~allowed[:, None]
+            weights = (scaling * dot).masked_fill(hidden, torch.finfo(dot.dtype).min).softmax(-1)
+            weights = weights.masked_fill(hidden, 0.0)
+            self._add("dot", _total(weights * dot, (0, 2, 3)))
+            self._add("attended_key_sq", _total(weights * attended_sq, (0, 2, 3)))
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -166,3 +166,8 @@ def _row_blocks(view: _View) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _total(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     return values.sum(dims, dtype=torch.float64)
+
+
+def _longest(so_far: Tensor, lengths_sq: Tensor) -> Tensor:
+    """Per head: `lengths_sq` `[B, heads, T]`."""
+    return torch.maximum(so_far.to(lengths_sq.device), lengths_sq.amax((0, 2)).double())

@@ -40,8 +40,9 @@ def refuse_module(name: str, module: nn.Module) -> None:
     """Raise ValueError if an attention module announces an argument that gravity cannot honour."""
     for attribute, argument in _ANNOUNCING_ATTRIBUTES.items():
         # T5 sets its flag to False on the layers that inherit the first layer's bias.
-        announced = attribute == "has_relative_attention_bias" and hasattr(module, attribute)
-        if announced or getattr(module, attribute, None) not in (None, False):
+        value = getattr(module, attribute, None)
+        inherited = attribute == "has_relative_attention_bias" and value is not None
+        if inherited or (value is not None and value is not False):
             where = f"{name} ({type(module).__name__}.{attribute})"
             raise ValueError(_refusal(where, REFUSED_ARGUMENTS[argument]))
 

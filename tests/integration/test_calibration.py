@@ -53,10 +53,12 @@ def test_closed_forms_match_plain_arithmetic(law, distance):
             radius_sq = keys.max()
             kappa = radius_sq if distance == "lifted" else kh.square().sum(-1)[:, None]
             d2 = qh.square().sum(-1)[..., None] + kappa - 2 * qh @ kh.transpose(1, 2)
-            mean_distance = d2[:, causal].mean()
+            hidden = ~causal
+            scaling = q.shape[-1] ** -0.5
+            p = (scaling * qh @ kh.transpose(1, 2)).masked_fill(hidden, -1e30).log_softmax(-1)
+            mean_distance = (p.exp() * d2).sum(-1).mean()
             key_scale = radius_sq if distance == "lifted" else keys.mean()
             eps = 0.5 * (qh.square().sum(-1).mean() + key_scale)
-            scaling = q.shape[-1] ** -0.5
             typical = mean_distance + eps
             mass = (
                 typical * math.sqrt(scaling / 2)
@@ -70,8 +72,6 @@ def test_closed_forms_match_plain_arithmetic(law, distance):
                 d2[:, causal], fractions.double()
             )
             score = mass**2 / (d2 + eps) if law == "force" else -(mass**2) * (d2 + eps).log()
-            hidden = ~causal
-            p = (scaling * qh @ kh.transpose(1, 2)).masked_fill(hidden, -1e30).log_softmax(-1)
             g = score.masked_fill(hidden, -1e30).log_softmax(-1)
             kl = (p.exp() * (p - g)).sum(-1).mean()
             row = next(rows)
@@ -116,6 +116,27 @@ def test_softness_brings_the_model_to_its_host():
     for values in (errors, divergences, contrasts):
         assert values == sorted(values, reverse=True) and values[0] > 2 * values[-1]
     assert contrasts[-1] > 1.0
+
+
+def test_the_mass_is_where_the_divergence_is_smallest():
+    """The closed form against other masses: a tangent elsewhere fits the host's attention worse."""
+    from gravity_hf.integration.observers import Agreement
+
+    model, inputs = patch_with_gravity(tiny_host("qwen2")), tiny_inputs("qwen2")
+    best = calibrate(model, [inputs])
+    heads = {}
+    for factor in (0.8, 1.0, 1.25):
+        for module in gravity_modules(model).values():
+            terms = module()
+            terms = terms._replace(mass=terms.mass * factor)
+            module.observer = Agreement(terms, "force", torch.ones(6))
+        logits(model, inputs)
+        for module in gravity_modules(model).values():
+            heads.setdefault(factor, []).append(module.observer.divergence())
+            module.observer = None
+    mean = {factor: torch.cat(values).mean().item() for factor, values in heads.items()}
+    assert math.isclose(mean[1.0], best.summary()["kl_mean"], rel_tol=1e-3)
+    assert mean[1.0] < 0.5 * mean[0.8] and mean[1.0] < 0.5 * mean[1.25]
 
 
 def test_padding_teaches_nothing():

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from hosts import FAMILIES, logits, tiny_host, tiny_inputs
+from hosts import FAMILIES, PECULIAR, logits, tiny_host, tiny_inputs
 
 from gravity_hf import (
     GravityConfig,
@@ -47,6 +47,18 @@ def test_a_large_softness_gives_the_host_again(family):
     calibrate(model, [inputs], softness=256.0)
     after = (logits(model, inputs) - before).abs().max()
     assert after < 0.02 * before.abs().max() and after < 0.1 * bare
+
+
+@pytest.mark.parametrize("peculiarity", PECULIAR)
+def test_hosts_with_something_of_their_own_come_back_at_a_large_softness(peculiarity):
+    model, inputs = tiny_host(peculiarity), tiny_inputs(peculiarity)
+    before = logits(model, inputs)
+    patch_with_gravity(model)
+    bare = (logits(model, inputs) - before).abs().max()
+    calibrate(model, [inputs], softness=256.0)
+    after = (logits(model, inputs) - before).abs().max()
+    assert bare > 0 and after < 0.1 * bare and after < 0.02 * before.abs().max()
+    assert torch.equal(logits(unpatch_gravity(model), inputs), before)
 
 
 def test_patching_twice_with_the_same_settings_changes_nothing():
@@ -115,15 +127,23 @@ def test_an_architecture_out_of_reach_is_refused_by_name(model_class, config):
     assert type(model) is cls and model.config._attn_implementation != "gravity"
 
 
-def test_a_host_with_softcapped_logits_is_refused_before_any_change():
-    config = transformers.Gemma2Config(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    )  # fmt: skip
-    model = transformers.Gemma2ForCausalLM(config)
-    with pytest.raises(ValueError, match="attn_logit_softcapping"):
+@pytest.mark.parametrize("family, attribute", [
+    ("Gemma2", "attn_logit_softcapping"), ("GptOss", "sinks"), ("T5", "relative_attention_bias"),
+])  # fmt: skip
+def test_hosts_whose_attention_has_more_terms_are_refused_before_any_change(family, attribute):
+    arguments = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    } if family != "T5" else {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48,
+                              "num_layers": 2, "num_heads": 4}  # fmt: skip
+    if family == "GptOss":
+        arguments.update(num_local_experts=2, num_experts_per_tok=1)
+    head = "ForConditionalGeneration" if family == "T5" else "ForCausalLM"
+    cls = getattr(transformers, family + head)
+    model = cls(getattr(transformers, f"{family}Config")(**arguments))
+    with pytest.raises(ValueError, match=f"cannot honour.*{attribute}"):
         patch_with_gravity(model)
-    assert type(model) is transformers.Gemma2ForCausalLM and not gravity_modules(model)
+    assert type(model) is cls and not gravity_modules(model)
 
 
 def test_arguments_without_a_meaning_are_refused_at_run_time():
