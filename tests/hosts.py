@@ -59,12 +59,100 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
+_CROSS = {
+    "vocab_size": VOCABULARY,
+    "d_model": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "init_std": 0.2,
+}
+# Hosts with something of their own: what it is -> (config class, model class, arguments).
+PECULIAR: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "cross attention": ("BartConfig", "BartForConditionalGeneration", _CROSS),
+    "queries scaled beforehand": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 48,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 48,
+            "init_std": 0.2,
+        },
+    ),
+    "scaling from the config": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {**_DECODER, "attention_multiplier": 0.2},
+    ),
+    "values narrower than keys": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            **_DECODER,
+            "num_key_value_heads": 6,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "one module called by all layers": (
+        "AlbertConfig",
+        "AlbertForMaskedLM",
+        {**_ENCODER, "embedding_size": 16},
+    ),
+    "linear attention between": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {
+            **_DECODER,
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "window-wise position bias": (
+        "SwinConfig",
+        "SwinForImageClassification",
+        {
+            "image_size": 16,
+            "patch_size": 2,
+            "embed_dim": 16,
+            "depths": [2],
+            "num_heads": [2],
+            "window_size": 4,
+            "initializer_range": 0.5,
+        },
+    ),
+}
 DECODERS = [name for name in FAMILIES if name not in ("bert", "vit")]
 
 
 def tiny_host(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A fresh random model of the family, in eval mode."""
-    config_class, model_class, arguments = FAMILIES[name]
+    config_class, model_class, arguments = {**FAMILIES, **PECULIAR}[name]
     torch.manual_seed(seed)
     config = getattr(transformers, config_class)(**{**arguments, **overrides})
     return getattr(transformers, model_class)(config).eval()
@@ -73,10 +161,11 @@ def tiny_host(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 def tiny_inputs(name: str, batch: int = 2, length: int = 11, seed: int = 1) -> dict[str, Tensor]:
     """Model inputs of the family; no padding."""
     generator = torch.Generator().manual_seed(seed)
-    if name == "vit":
+    if name in ("vit", "window-wise position bias"):
         return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs if name != "cross attention" else {**inputs, "decoder_input_ids": ids}
 
 
 def logits(model: torch.nn.Module, inputs: dict[str, Tensor], **options: Any) -> Tensor:

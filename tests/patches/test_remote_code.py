@@ -21,8 +21,9 @@ import sys
 sys.modules["gravity_hf"] = None
 import safetensors.torch, torch, transformers
 for folder in sys.argv[1:]:
-    auto = transformers.AutoModelForMaskedLM if "bert" in folder else
-    transformers.AutoModelForCausalLM model = auto.from_pretrained(folder, trust_remote_code=True)
+    head = "AutoModelForMaskedLM" if "bert" in folder else "AutoModelForCausalLM"
+    auto = getattr(transformers, head)
+    model = auto.from_pretrained(folder, trust_remote_code=True)
     inputs = safetensors.torch.load_file(folder + "/inputs")
     with torch.no_grad():
         result = {"logits": model(**inputs).logits}

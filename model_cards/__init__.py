@@ -1,0 +1,1 @@
+"""Model cards; inside the wheel: gravity_hf._cards."""

@@ -1,0 +1,38 @@
+"""The same conditions for every test: seeds, no network, no more threads than cores."""
+
+from __future__ import annotations
+
+import os
+
+# Read by huggingface_hub, matplotlib and OpenMP when they are imported, and by child processes.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_XDIST_WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+if IS_XDIST_WORKER:
+    # Each worker would otherwise start as many threads as the machine has cores.
+    torch.set_num_threads(1)
+
+# Deadlines measure the machine, not the code; in CI a failure must be the same on every run.
+settings.register_profile("gravity_hf", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("gravity_hf")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
