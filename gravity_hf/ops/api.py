@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +45,8 @@ def gravity_attention(
         mass: `M` `[H]`, not negative.
         eps: softening in units of squared distance, a number or `[H]`; positive.
         law: `"force"` or `"power"`.
-        key_radius_sq: `R^2` `[Hkv]`. Given: lifted keys, `kappa_j = R^2`. Absent: `kappa_j = |k_j|^2`.
+        key_radius_sq: `R^2` `[Hkv]`. Given: lifted keys, `kappa_j = R^2`. Absent: `kappa_j =
+            |k_j|^2`.
         query_mass: `a` `[B, H, Tq]`, force law only (under the power law it would cancel).
         key_mass: `b` `[B, H, Tk]`; positive under the power law.
         mask: broadcastable to `[B, H, Tq, Tk]`. Bool: True = attend. Float: added to the score;
@@ -70,7 +74,7 @@ def gravity_attention(
             f"gravity_attention: eps must be a number or [H] = {tuple(mass.shape)}, "
             f"got {tuple(eps.shape)}"
         )
-    options = {
+    options: dict[str, Any] = {
         "eps": eps,
         "law": law,
         "key_radius_sq": key_radius_sq,
@@ -80,11 +84,30 @@ def gravity_attention(
         "causal": causal,
         "dropout_p": dropout_p,
     }
+    if impl == "auto":
+        impl = choose_implementation(q, mask, dropout_p, (k, v, mass, *options.values()))
     if impl == "reference":
         return gravity_attention_reference(q, k, v, mass, **options).output
     if impl == "flex":
         return gravity_attention_flex(q, k, v, mass, **options)
     return gravity_attention_chunked(q, k, v, mass, **options)
+
+
+def choose_implementation(
+    q: Tensor, mask: Tensor | None, dropout_p: float, others: Iterable[object] = ()
+) -> str:
+    """What `impl="auto"` means for a call: `"flex"` where it is fused and can serve the call (a
+    CUDA device, no gradient, no dropout, no mask tensor, not float64), `"chunked"` everywhere else,
+    also inside `torch.compile`, where flex would be a compiler in a compiler.
+    """
+    if torch.compiler.is_compiling() or q.numel() == 0:
+        return "chunked"
+    if q.device.type != "cuda" or q.dtype == torch.float64 or dropout_p > 0 or mask is not None:
+        return "chunked"
+    tensors = (x for x in (q, *others) if isinstance(x, Tensor))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "chunked"
+    return "flex"
 
 
 def _check(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class AttentionOutput(NamedTuple):
-    """`output` `[B, H, Tq, Dv]` in the dtype of `v`; `weights` `[B, H, Tq, Tk]` in float32 or float64."""
+    """`output` `[B, H, Tq, Dv]` in the dtype of `v`; `weights` `[B, H, Tq, Tk]` in float32 or
+    float64."""
 
     output: Tensor
     weights: Tensor
@@ -58,15 +59,15 @@ def gravity_score(
 
 
 def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A mask as `(allowed, bias)`: bool = attend; float = added to the score, and entries at or below
-    half the dtype's lowest value (what transformers calls masked, and -inf) are hidden."""
+    """A mask as `(allowed, bias)`: bool = attend; float = added to the score, and entries at or
+    below half the dtype's lowest value (what transformers calls masked, and -inf) are hidden."""
     if mask.dtype == torch.bool:
         return mask, None
     return mask > torch.finfo(mask.dtype).min / 2, mask
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
-    """Bool `[Tq, Tk]`, aligned at the last query and the last key: row i sees keys `j <= i + Tk - Tq`."""
+    """Bool `[Tq, Tk]`, aligned at the ends: row i sees keys `j <= i + Tk - Tq`."""
     rows = torch.arange(queries, device=device)[:, None] + (keys - queries)
     return torch.arange(keys, device=device)[None, :] <= rows
 

@@ -1,0 +1,94 @@
+"""`gravity-hf generate`: let a gravity model write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import make_console, quiet_libraries
+from .hosts import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ADAPTER = "adapter_config.json"
+
+
+def generate(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a gravity model.", show_default=False)
+    ],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="How many tokens to write at most.")
+    ] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
+    ] = 0.7,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+) -> None:
+    """Continue PROMPT with the model in DIR. Only the text goes to standard output.
+
+    Example:
+
+        gravity-hf generate out "Gravity is" --max-new-tokens 50 --temperature 0
+    """
+    from ..integration.loading import load_gravity_model
+
+    require_model_folder(directory)
+    quiet_libraries()
+    model = load_gravity_model(directory)
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise ValueError(
+            f"generate: expected a model that writes text, got {type(model).__name__}. "
+            "An encoder gives embeddings: load it with gravity_hf.load_gravity_model"
+        )
+    tokenizer = load_tokenizer(_tokenizer_home(directory))
+    text = continuation(model, tokenizer, prompt, max_new_tokens, temperature, seed)
+    make_console().print(prompt + text, markup=False)
+
+
+def continuation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> str:
+    """What `model` writes after `prompt`. Temperature 0 is greedy."""
+    import torch
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    start = inputs["input_ids"].shape[1]
+    if start == 0:
+        raise ValueError("generate: expected a prompt of at least one token, got an empty one")
+    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    output = model.eval().generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **how,
+    )
+    return tokenizer.decode(output[0, start:], skip_special_tokens=True)
+
+
+def require_model_folder(directory: Path) -> None:
+    if not any((directory / name).is_file() for name in ("config.json", _ADAPTER)):
+        raise ValueError(
+            f"generate: expected a folder with config.json, got {str(directory)!r}. "
+            "Make one with: gravity-hf convert MODEL OUT"
+        )
+
+
+def _tokenizer_home(directory: Path) -> str:
+    """An adapter folder may leave the tokenizer with its base model."""
+    if (directory / _ADAPTER).is_file() and not (directory / "tokenizer_config.json").is_file():
+        adapter = json.loads((directory / _ADAPTER).read_text(encoding="utf-8"))
+        return adapter.get("base_model_name_or_path") or str(directory)
+    return str(directory)

@@ -1,0 +1,69 @@
+"""Loading the model that a conversion starts from, with errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_host(name: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """The model in the folder or Hub repository `name`, in the class that its config names."""
+    import torch
+    import transformers
+
+    from ..integration.loading import model_class_of
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected one of {list(DTYPES)}, got {dtype!r}")
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"MODEL: expected a model folder, there is none at {name!r}. Check the spelling"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"MODEL: expected a model folder or the name of a model on the Hub, got {name!r} "
+            f"({_first_sentence(error)}). Check the spelling, or download it first"
+        ) from error
+    if getattr(config, "gravity", None) is not None or config.model_type.startswith("gravity_"):
+        raise ValueError(
+            f"MODEL: expected a model with dot-product attention, {name!r} already is a gravity "
+            f"model. Look at it with: gravity-hf status {name}"
+        )
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    return model_class_of(config).from_pretrained(name, dtype=kind).to(device).eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"MODEL: expected a tokenizer beside the model, got none in {name!r} "
+            f"({_first_sentence(error)}). Save one there with tokenizer.save_pretrained, or "
+            "calibrate in Python with your own batches: gravity_hf.calibrate(model, batches)"
+        ) from error
+
+
+def require_text_model(model: PreTrainedModel) -> bool:
+    """Whether `model` writes text (True) or only reads it (False); anything else is refused."""
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"convert: expected a decoder or an encoder of text, got {type(model).__name__}, which "
+            f"takes {model.main_input_name}. Convert it in Python: patch_with_gravity(model), then "
+            "calibrate(model, batches) with batches of its own inputs"
+        )
+    return bool(model.can_generate())
+
+
+def _first_sentence(error: BaseException) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.strip().rstrip(".")

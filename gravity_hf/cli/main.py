@@ -1,0 +1,105 @@
+"""`gravity-hf`: one verb per file, errors in one line, heavy imports only inside the verbs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import convert, generate, status
+from .console import make_console
+from .demo import command as demo
+
+EXPECTED_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError)
+EXIT_EXPECTED = 2
+
+_HELP = """
+Gravity attention for Hugging Face transformers: a token attends to what is near it.
+
+[bold]See it work[/bold] (offline, a few minutes on two CPU cores):
+
+    gravity-hf demo
+
+[bold]Convert a model of your own[/bold], look at the result, let it write:
+
+    gravity-hf convert Qwen/Qwen2.5-0.5B out --text my_text.txt
+
+    gravity-hf status out
+
+    gravity-hf generate out "Gravity is"
+
+Add --debug to any of these to see the traceback of an error.
+"""
+
+
+class PlainErrorGroup(TyperGroup):
+    """Turns expected errors into one line and exit code 2; `--debug` may stand anywhere."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        options = [a for a in args[:end] if a != "--debug"]
+        moved = ["--debug"] if len(options) < end else []
+        return super().parse_args(ctx, moved + options + args[end:])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EXPECTED_ERRORS as error:
+            # click's own Exit is a RuntimeError: it carries an exit code, not a message.
+            if isinstance(error, typer.Exit) or ctx.params.get("debug"):
+                raise
+            _say(error)
+            raise typer.Exit(EXIT_EXPECTED) from error
+
+
+def _say(error: BaseException) -> None:
+    console = make_console(stderr=True)
+    message = " ".join(str(error).split()) or type(error).__name__
+    console.print("[bold red]error:[/bold red] ", end="")
+    console.print(message, markup=False)
+
+
+app = typer.Typer(
+    name="gravity-hf",
+    cls=PlainErrorGroup,
+    help=_HELP,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        make_console().print(f"gravity_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(name="demo")(demo.demo)
+app.command(name="convert")(convert.convert)
+app.command(name="status")(status.status)
+app.command(name="generate")(generate.generate)
+
+
+def main() -> None:
+    """Entry point of the `gravity-hf` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

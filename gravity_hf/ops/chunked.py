@@ -1,0 +1,105 @@
+"""Gravity attention in plain torch with memory linear in length: for CPUs, and for all training.
+
+The numbers are those of `reference.py`. One product gives softened distances:
+`[-2q, 1, |q|^2 + eps] . [k, |k|^2, 1] = |q|^2 + |k|^2 - 2 q.k + eps`. The augmentation is ordinary
+differentiable torch, so the operator behind it (`blockwise.py`) needs only the gradient of
+`softmax(score(q'k'^T)) v`, and q, k, eps and radii get theirs from autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import registry  # noqa: F401  (registers torch.ops.gravity_hf.attention)
+from .blockwise import DecodingProblem, attention_forward
+from .reference import compute_dtype
+
+# Up to this many queries per key head, reading the keys costs more than the scores do, and
+# augmenting them (a second copy of the key cache) would double the time of a generated token.
+DECODE_QUERIES = 16
+
+
+def gravity_attention_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mass: Tensor,
+    *,
+    eps: Tensor,
+    law: str = "force",
+    key_radius_sq: Tensor | None = None,
+    query_mass: Tensor | None = None,
+    key_mass: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Same numbers as `gravity_attention_reference`, one block of scores at a time.
+
+    Shapes and meanings as in `gravity_hf.ops.api.gravity_attention`. First derivatives for q, k, v,
+    mass, eps, key_radius_sq, query_mass, key_mass and a float mask.
+    """
+    dtype, out_dtype = compute_dtype(q.dtype), v.dtype
+    q, k, v, mass, eps = (x.to(dtype) for x in (q, k, v, mass, eps))
+    strength = mass.square()[None, :, None]
+    if query_mass is not None:
+        strength = strength * query_mass.to(dtype)
+    key_term = None
+    if key_mass is not None:
+        key_mass = key_mass.to(dtype)
+        key_term = key_mass.log() if law == "power" else key_mass
+    if key_radius_sq is not None:
+        key_radius_sq = key_radius_sq.to(dtype)
+    # Drawn from torch's own generator: manual_seed and checkpointing's replay reach the dropout.
+    seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
+
+    arguments = (v, strength, eps, key_term, mask, seed, law, causal, dropout_p)
+    if _is_decoding(q, k, *arguments):
+        query_term = _query_term(q, k, eps, key_radius_sq)
+        if key_radius_sq is None:
+            kappa = k.square().sum(-1, keepdim=True)
+        else:
+            kappa = k.new_zeros(1).expand(*k.shape[:3], 1)
+        output = attention_forward(DecodingProblem(q, k, *arguments, query_term, kappa))
+    else:
+        augmented = augment(q, k, eps, key_radius_sq)
+        output = torch.ops.gravity_hf.attention(*augmented, *arguments)
+    return output.to(out_dtype)
+
+
+def augment(
+    q: Tensor, k: Tensor, eps: Tensor, key_radius_sq: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`q'` `[B, H, Tq, E]` and `k'` `[B, Hkv, Tk, E]` with `q'.k' = d^2 + eps`, not clamped.
+
+    `E` is `D + 2`, or `D + 1` with lifted keys, whose `R^2` is the same for all keys of a row.
+    """
+    query_term = _query_term(q, k, eps, key_radius_sq)
+    if key_radius_sq is not None:
+        query = torch.cat([-2.0 * q, query_term], -1)
+        return query, torch.cat([k, torch.ones_like(k[..., :1])], -1)
+    query = torch.cat([-2.0 * q, torch.ones_like(query_term), query_term], -1)
+    kappa = k.square().sum(-1, keepdim=True)
+    return query, torch.cat([k, kappa, torch.ones_like(kappa)], -1)
+
+
+def _query_term(q: Tensor, k: Tensor, eps: Tensor, key_radius_sq: Tensor | None) -> Tensor:
+    """`|q_i|^2 + eps`, plus `R^2` with lifted keys: `[B, H, Tq, 1]`.
+
+    `R^2` is with the row because scores hardly change when all distances of a row grow alike: its
+    gradient is a small rest of large terms that cancel within rows, so rows are summed first.
+    """
+    constant = eps
+    if key_radius_sq is not None:
+        constant = eps + key_radius_sq.repeat_interleave(q.shape[1] // k.shape[1])
+    return q.square().sum(-1, keepdim=True) + constant[:, None, None]
+
+
+def _is_decoding(q: Tensor, k: Tensor, *arguments: object) -> bool:
+    """Eager, on real tensors, without gradient, and few queries per key head."""
+    if q.shape[2] * q.shape[1] > DECODE_QUERIES * k.shape[1] or torch.compiler.is_compiling():
+        return False
+    tensors = [x for x in (q, k, *arguments) if isinstance(x, Tensor)]
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors)
+    return plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
