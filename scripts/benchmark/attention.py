@@ -66,6 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurement")
     parser.add_argument("--output", type=Path, help="write JSON here")
+    parser.add_argument("--commit", help="commit measured, where the tree is a copy without git")
     parser.add_argument("--one-memory-row", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -210,8 +211,8 @@ def conditions(options: argparse.Namespace) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "commit": options.commit or git("rev-parse", "HEAD") or "unknown",
+        "uncommitted_changes": None if options.commit else bool(git("status", "--porcelain")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "dtype": options.dtype,
