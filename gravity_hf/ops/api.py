@@ -96,13 +96,17 @@ def gravity_attention(
 def choose_implementation(
     q: Tensor, mask: Tensor | None, dropout_p: float, others: Iterable[object] = ()
 ) -> str:
-    """What `impl="auto"` means for a call: `"flex"` where it is fused and can serve the call (a
-    CUDA device, no gradient, no dropout, no mask tensor, not float64), `"chunked"` everywhere else,
-    also inside `torch.compile`, where flex would be a compiler in a compiler.
+    """What `impl="auto"` means for a call: `"flex"` where it is fused, faster and can serve it (CUDA,
+    bfloat16 or float16, no gradient, no dropout, no mask tensor), `"chunked"` everywhere else, also
+    inside `torch.compile`, where flex would be a compiler in a compiler.
+
+    In float32 flex's products leave the tensor cores and it takes 2.7 times as long as chunked
+    (scripts/benchmark/results/h100_fp32.json).
     """
     if torch.compiler.is_compiling() or q.numel() == 0:
         return "chunked"
-    if q.device.type != "cuda" or q.dtype == torch.float64 or dropout_p > 0 or mask is not None:
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type != "cuda" or not half or dropout_p > 0 or mask is not None:
         return "chunked"
     tensors = (x for x in (q, *others) if isinstance(x, Tensor))
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

@@ -1,9 +1,9 @@
 """Forward and backward of `softmax(score(q'k'^T)) v`, one block of scores at a time.
 
 `q'` `[B, H, Tq, E]` and `k'` `[B, N, Tk, E]` are queries and keys augmented so that their product
-is the softened squared distance (`chunked.augment`); the last column of `k'` is ones. Memory is linear in length: scores exist for
-one block at a time, `[b, n, G, rows, keys]`, and the backward computes them again. Formulas:
-README.md.
+is the softened squared distance (`chunked.augment`); the last column of `k'` is ones. Memory is
+linear in length: scores exist for one block at a time, `[b, n, G, rows, keys]`, and the backward
+computes them again. Formulas: README.md.
 """
 
 from __future__ import annotations

@@ -20,6 +20,17 @@ def test_calibration_keeps_what_the_constants_destroy() -> None:
     assert constants["softness"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(minilm.minilm_folder() is None, reason=f"needs {minilm.PACKAGE}")
+def test_128_held_out_paragraphs_keep_their_embeddings_without_training() -> None:
+    texts = disjoint_samples(prose_paragraphs(read_texts(None)), 128)
+    constants, one, four = minilm.minilm_rows(*texts, (1.0, 4.0))
+    assert one["softness"] == 1 and one["cosine_mean"] >= 0.98
+    assert four["softness"] == 4 and four["cosine_mean"] >= 0.997
+    # The published constants leave nothing of the encoder: the reason to calibrate.
+    assert constants["cosine_mean"] < 0.6
+
+
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
     with pytest.raises(ImportError, match="pip install"):

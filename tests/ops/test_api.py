@@ -75,12 +75,13 @@ class _Cuda(torch.Tensor):
 
 
 def test_auto_chooses_flex_only_for_plain_inference_on_a_gpu(monkeypatch):
-    q = torch.ones(1, 1, 2, 4).as_subclass(_Cuda)
+    q = torch.ones(1, 1, 2, 4, dtype=torch.bfloat16).as_subclass(_Cuda)
     leaf = torch.ones(1, requires_grad=True)
     mask = torch.ones(2, 2, dtype=torch.bool)
     choose = api.choose_implementation
     assert choose(q, None, 0.0) == "flex"
-    assert choose(torch.ones(1, 1, 2, 4), None, 0.0) == "chunked"
+    assert choose(torch.ones(1, 1, 2, 4, dtype=torch.bfloat16), None, 0.0) == "chunked"
+    assert choose(q.float().as_subclass(_Cuda), None, 0.0) == "chunked"
     assert choose(q.double().as_subclass(_Cuda), None, 0.0) == "chunked"
     assert choose(q, mask, 0.0) == "chunked"
     assert choose(q, None, 0.1) == "chunked"

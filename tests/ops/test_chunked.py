@@ -353,22 +353,29 @@ def test_second_derivatives_are_refused():
 
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from gravity_hf.ops import gravity_attention
 torch.set_num_threads(1)
-def peak(length, backward):
+def kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+def extra(length, backward):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = kib("VmRSS")
     q, k, v = (torch.randn(1, 1, length, 64, requires_grad=backward) for _ in range(3))
     out = gravity_attention(q, k, v, torch.ones(1), eps=0.1, impl=sys.argv[1])
     if backward:
         out.sum().backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak(64, True)
-print(peak(8192, False) - before, peak(8192, True) - before)
+    return kib("VmHWM") - before
+extra(64, True)
+print(extra(8192, False), extra(8192, True))
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's count of resident memory")
 def test_peak_memory_at_length_8192_is_under_an_eighth_of_the_reference():
-    """Forward, then forward and backward, each in a fresh process: a process's peak never falls."""
+    """Forward, then forward and backward, each implementation in a fresh process."""
 
     def peaks(impl: str) -> list[int]:
         command = [sys.executable, "-c", MEMORY, impl]
@@ -378,7 +385,7 @@ def test_peak_memory_at_length_8192_is_under_an_eighth_of_the_reference():
     for mode, ours, reference in zip(
         ("forward", "backward"), peaks("chunked"), peaks("reference"), strict=True
     ):
-        assert ours < reference / 8, f"{mode}: {ours} KiB, reference {reference} KiB"
+        assert 0 < ours < reference / 8, f"{mode}: {ours} KiB, reference {reference} KiB"
 
 
 @pytest.mark.gpu

@@ -151,7 +151,9 @@ def _write(out: Path, results: DemoResults) -> None:
         "report.html": report_html(results),
     }
     for name, content in files.items():
-        (out / name).write_text(content, encoding="utf-8")
+        unfinished = out / f".{name}.tmp"
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.replace(out / name)
 
 
 @contextmanager
