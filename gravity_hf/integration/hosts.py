@@ -85,7 +85,7 @@ class GravityHost(_Base):
         config._attn_implementation = ATTENTION_NAME
         super().__init__(config, *args, **kwargs)
         for site in select_sites(find_attention_sites(self), settings):
-            attach(site, settings)
+            site.module.gravity = make_child(site, settings)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -120,12 +120,12 @@ class GravityHost(_Base):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def attach(site: AttentionSite, settings: GravityConfig, device: Any = None) -> GravityParameters:
-    """Give one attention module its `gravity` child."""
+def make_child(
+    site: AttentionSite, settings: GravityConfig, device: Any = None
+) -> GravityParameters:
+    """The `gravity` child for one attention module."""
     child = GravityParameters(settings, site.query_heads, site.key_value_heads, device=device)
-    child.train(site.module.training)
-    site.module.gravity = child
-    return child
+    return child.train(site.module.training)
 
 
 def gravity_modules(model: nn.Module) -> dict[str, GravityParameters]:

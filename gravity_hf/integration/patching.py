@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,14 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..config import GravityConfig
+from ..layers.parameters import GravityParameters
 from .attention import ATTENTION_NAME
 from .hosts import (
     CLASS_PREFIX,
     GravityHost,
-    attach,
     gravity_config_class,
     gravity_model_class,
     gravity_modules,
+    make_child,
     select_sites,
     settings_of,
 )
@@ -64,8 +67,12 @@ class GravityStatus:
 
 
 class _Plan(NamedTuple):
-    sites: list[AttentionSite]
+    """Everything that can fail, done beforehand: what to attach where, and the new classes."""
+
+    children: list[tuple[AttentionSite, GravityParameters]]
     settings: GravityConfig
+    model_class: type[PreTrainedModel]
+    config_class: type[PreTrainedConfig]
 
 
 def patch_with_gravity(model: Model, config: GravityConfig | None = None) -> Model:
@@ -118,12 +125,11 @@ def unpatch_gravity(model: Model) -> Model:
     for name in gravity_modules(model):
         del model.get_submodule(name).gravity
     originals = model.__dict__.pop("_gravity_host_attention", None)
-    for config in _configs(model):
-        if originals is not None:
-            implementation = originals.get(id(config), config._attn_implementation)
-        else:
-            implementation = model.get_correct_attn_implementation(None)
-        config._attn_implementation_internal = implementation
+    if originals is None:  # loaded from a checkpoint, never anything else in this process
+        originals = itertools.repeat(
+            model.get_correct_attn_implementation(None), len(_configs(model))
+        )
+    _restore_attention(model, originals)
     host_config = model.config
     for key in ("gravity", "auto_map"):
         host_config.__dict__.pop(key, None)
@@ -181,27 +187,34 @@ def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
                 f"{site.name}: expected query heads a multiple of KV heads, got "
                 f"{site.query_heads} and {site.key_value_heads}"
             )
-    return _Plan(sites, settings)
+    config_class = gravity_config_class(type(model.config))
+    model_class = gravity_model_class(type(model), config_class)
+    children = [(s, make_child(s, settings, device=_device(s.module))) for s in sites]
+    return _Plan(children, settings, model_class, config_class)
 
 
 def _apply(model: PreTrainedModel, plan: _Plan) -> None:
-    originals = {id(config): config._attn_implementation for config in _configs(model)}
+    originals = [config._attn_implementation for config in _configs(model)]
     model.set_attn_implementation(ATTENTION_NAME)
-    unreached = [s.name for s in plan.sites if _attention_of(s, model) != ATTENTION_NAME]
-    if unreached:
-        # transformers only logs when it cannot set an implementation; what it did set is undone.
-        for config in _configs(model):
-            config._attn_implementation_internal = originals[id(config)]
-        raise TypeError(
-            f"{type(model).__name__} does not let its attention implementation be set; expected "
-            f"'gravity' in {unreached[0]}, got {_attention_of(plan.sites[0], model)!r}"
-        )
-    config_class = gravity_config_class(type(model.config))
-    _change_class(model, gravity_model_class(type(model), config_class), config_class)
+    for site, _ in plan.children:
+        reached = getattr(site.module, "config", model.config)._attn_implementation
+        if reached != ATTENTION_NAME:
+            # transformers only logs when it cannot set an implementation; what it set is undone.
+            _restore_attention(model, originals)
+            raise TypeError(
+                f"{type(model).__name__} does not let its attention implementation be set; "
+                f"expected 'gravity' in {site.name}, got {reached!r}"
+            )
+    _change_class(model, plan.model_class, plan.config_class)
     model.config.gravity = plan.settings.to_dict()
     model.__dict__["_gravity_host_attention"] = originals
-    for site in plan.sites:
-        attach(site, plan.settings, device=_device(site.module))
+    for site, child in plan.children:
+        site.module.gravity = child
+
+
+def _restore_attention(model: PreTrainedModel, implementations: Iterable[str | None]) -> None:
+    for config, implementation in zip(_configs(model), implementations, strict=True):
+        config._attn_implementation_internal = implementation
 
 
 def _change_class(model: Any, model_class: type, config_class: type) -> None:
@@ -213,14 +226,15 @@ def _change_class(model: Any, model_class: type, config_class: type) -> None:
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every config object that a module of `model` holds, each once."""
-    held = (getattr(module, "config", None) for module in model.modules())
-    found = {id(config): config for config in held if isinstance(config, PreTrainedConfig)}
+    """Every config object of `model`, each once, in an order that copies of it share."""
+    found: dict[int, PreTrainedConfig] = {}
+    pending = [getattr(module, "config", None) for module in model.modules()]
+    while pending:
+        config = pending.pop(0)
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            pending += [getattr(config, name, None) for name in config.sub_configs]
     return list(found.values())
-
-
-def _attention_of(site: AttentionSite, model: PreTrainedModel) -> str | None:
-    return getattr(site.module, "config", model.config)._attn_implementation
 
 
 def _device(module: nn.Module) -> torch.device | None:

@@ -96,7 +96,7 @@ def gravity_attention(
 def choose_implementation(
     q: Tensor, mask: Tensor | None, dropout_p: float, others: Iterable[object] = ()
 ) -> str:
-    """What `impl="auto"` means for a call: `"flex"` where it is fused, faster and can serve it (CUDA,
+    """What `impl="auto"` means for a call: `"flex"` where it is fused, faster and able (CUDA,
     bfloat16 or float16, no gradient, no dropout, no mask tensor), `"chunked"` everywhere else, also
     inside `torch.compile`, where flex would be a compiler in a compiler.
 

@@ -153,6 +153,43 @@ def test_arguments_without_a_meaning_are_refused_at_run_time():
         model(**tiny_inputs("qwen2"), softcap=30.0)
 
 
+def test_the_registered_name_is_special_to_nobody():
+    """F14: flash, sdpa, flex_attention, a slash or a colon in it would change what it means."""
+    from transformers.utils.generic import is_flash_attention_requested
+
+    from gravity_hf.integration.attention import ATTENTION_NAME
+
+    assert ATTENTION_NAME == "gravity"
+    assert not is_flash_attention_requested(requested_attention_implementation=ATTENTION_NAME)
+
+
+def test_an_implementation_of_the_host_s_own_choice_comes_back():
+    model = tiny_host("qwen2")
+    model.set_attn_implementation("eager")
+    unpatch_gravity(patch_with_gravity(model))
+    assert model.config._attn_implementation == "eager"
+
+
+def test_both_towers_of_a_composite_model_are_patched_and_restored():
+    tower = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4}  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config={**tower, "vocab_size": 97, "eos_token_id": 2},
+        vision_config={**tower, "image_size": 16, "patch_size": 4},
+    )
+    model = transformers.CLIPModel(config).eval()
+    inputs = {**tiny_inputs("vit"), "input_ids": tiny_inputs("qwen2")["input_ids"]}
+    with torch.no_grad():
+        before = model(**inputs).logits_per_image
+        patch_with_gravity(model)
+        assert len(gravity_modules(model)) == 4
+        assert not torch.equal(model(**inputs).logits_per_image, before)
+        unpatch_gravity(model)
+        assert torch.equal(model(**inputs).logits_per_image, before)
+    parts = (model.config, model.config.text_config, model.config.vision_config)
+    assert {part._attn_implementation for part in parts} == {"sdpa"}
+
+
 def test_lifted_keys_without_data_are_refused():
     with pytest.raises(ValueError, match=r"calibrate\(model, batches\)"):
         patch_with_gravity(tiny_host("qwen2"), GravityConfig(distance="lifted"))
@@ -210,6 +247,7 @@ def test_copies_of_a_patched_model_are_patched_and_unpatch(duplicate):
     twin = duplicate(model)
     assert torch.equal(logits(twin, inputs), after)
     assert torch.equal(logits(unpatch_gravity(twin), inputs), before)
+    assert twin.config._attn_implementation == "sdpa"
     assert torch.equal(logits(model, inputs), after)
 
 

@@ -31,7 +31,7 @@ p { margin:8px 0; max-width:72ch }
 .scroll { overflow-x:auto; margin:12px 0 }
 table { border-collapse:collapse; width:100%; font-size:14.5px; background:var(--card);
   border:1px solid var(--line) }
-th,td { text-align:left; padding:7px 12px; border-bottom:1px solid var(--line); white-space:nowrap }
+th,td { text-align:left; padding:7px 9px; border-bottom:1px solid var(--line); white-space:nowrap }
 th { font-weight:600; color:var(--soft); font-size:13px }
 .n { text-align:right; font-variant-numeric:tabular-nums }
 tr.marked td { background:var(--mark); font-weight:600 }
