@@ -28,7 +28,7 @@ class DemoSettings:
     head_dim: int = 32
 
     length: int = 256
-    host_steps: int = 1300
+    host_steps: int = 1000
     host_batch: int = 2
     host_learning_rate: float = 3e-3
 
