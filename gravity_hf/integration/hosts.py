@@ -65,8 +65,7 @@ class GravityHostConfig:
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()  # type: ignore[misc]
-        host = type(self).__mro__[2]
-        if is_native(host):
+        if is_native(host_of(type(self))):
             output["auto_map"] = _auto_map(type(self))
         return output
 
@@ -108,7 +107,7 @@ class GravityHost(_Base):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers, plus `modeling_gravity.py`, so that the folder loads without
         gravity_hf through `trust_remote_code=True`."""
-        host = type(self).__mro__[2]
+        host = host_of(type(self))
         if not is_native(host):
             raise ValueError(
                 f"{host.__name__} is not part of transformers, so an export of it could not be "
@@ -139,6 +138,11 @@ def gravity_modules(model: nn.Module) -> dict[str, GravityParameters]:
         copies = (m for m in child.modules() if isinstance(m, GravityParameters))
         found[name] = next(m for m in copies if m.mass_log is child.mass_log)
     return found
+
+
+def host_of(gravity_class: type) -> type:
+    """The host's class, of a gravity model or config class."""
+    return gravity_class.__mro__[2]
 
 
 def is_native(host: type) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..config import GravityConfig
@@ -22,12 +23,16 @@ from .hosts import (
     gravity_config_class,
     gravity_model_class,
     gravity_modules,
+    host_of,
+    is_native,
     make_child,
     select_sites,
     settings_of,
 )
 from .sites import AttentionSite, find_attention_sites, find_own_attention
 from .support import refuse_module
+
+logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -136,7 +141,7 @@ def unpatch_gravity(model: Model) -> Model:
     if host_config.architectures:
         names = [name.removeprefix(CLASS_PREFIX) for name in host_config.architectures]
         host_config.architectures = names
-    _change_class(model, type(model).__mro__[2], type(host_config).__mro__[2])
+    _change_class(model, host_of(type(model)), host_of(type(host_config)))
     return model
 
 
@@ -187,6 +192,13 @@ def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
                 f"{site.name}: expected query heads a multiple of KV heads, got "
                 f"{site.query_heads} and {site.key_value_heads}"
             )
+    if not is_native(type(model)):
+        # Said now, not after a long training run: see GravityHost.save_pretrained.
+        logger.warning(
+            f"patch_with_gravity: {type(model).__name__} is not part of transformers. It can be "
+            "patched, trained and unpatched, but save_pretrained will refuse it: its name could "
+            "not bring it back. Save its state_dict() instead"
+        )
     config_class = gravity_config_class(type(model.config))
     model_class = gravity_model_class(type(model), config_class)
     children = [(s, make_child(s, settings, device=_device(s.module))) for s in sites]

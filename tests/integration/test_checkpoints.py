@@ -182,6 +182,27 @@ except ValueError as error:
     assert "gravity_qwen2" in result.stdout or "trust_remote_code" in result.stdout
 
 
+class OwnHost(transformers.Qwen2ForCausalLM):
+    """A host that transformers cannot name."""
+
+
+def test_a_host_from_outside_transformers_is_told_at_once_and_not_saved(tmp_path, monkeypatch):
+    from gravity_hf.integration import patching
+
+    said = []
+    monkeypatch.setattr(patching.logger, "warning", said.append)
+    model = OwnHost(tiny_host("qwen2").config).eval()
+    inputs = tiny_inputs("qwen2")
+    before = logits(model, inputs)
+    patch_with_gravity(model)
+    assert "OwnHost is not part of transformers" in said[0]
+    with pytest.raises(ValueError, match="OwnHost is not part of transformers"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert torch.equal(logits(unpatch_gravity(model), inputs), before)
+    assert type(model) is OwnHost
+
+
 def test_the_config_alone_resolves_after_import(tmp_path):
     saved_model("qwen2", tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
