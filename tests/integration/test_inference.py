@@ -192,3 +192,33 @@ def test_assisted_and_beam_generation_run_on_a_patched_model():
     assisted = model.generate(**inputs, **options, prompt_lookup_num_tokens=3)
     assert torch.equal(greedy, assisted)
     assert model.generate(**inputs, **options, num_beams=2).shape == greedy.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "bert"])
+def test_a_gpu_gives_what_the_cpu_gives(family, dtype):
+    """Patching, calibration, padding and the backward on CUDA; bfloat16 within its rounding."""
+    inputs = tiny_inputs(family)
+    inputs["attention_mask"][0, -3:] = 0
+    exact = logits(gravity_host(family), inputs)
+    model = patch_with_gravity(tiny_host(family).to("cuda", dtype))
+    on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
+    calibrate(model, [{name: tensor.cuda() for name, tensor in tiny_inputs(family).items()}])
+    error = (logits(model, on_gpu).float().cpu() - exact)[inputs["attention_mask"].bool()]
+    assert error.abs().max() <= (1e-3 if dtype == torch.float32 else 0.2) * exact.abs().max()
+    model.train()(**on_gpu, labels=on_gpu["input_ids"]).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "mass_log" in name]
+    assert all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.gpu
+def test_generation_on_a_gpu_is_the_same_with_every_cache():
+    model = gravity_host("qwen2").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in tiny_inputs("qwen2").items()}
+    inputs["attention_mask"][0, :4] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    dynamic = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, use_cache=False), dynamic)
+    static = model.generate(**inputs, **options, cache_implementation="static")
+    assert torch.equal(static, dynamic)
