@@ -66,10 +66,17 @@ def gravity_lora(
         gravity=settings.to_dict(),
     )
     peft_model = get_peft_model(model, config)
-    if getattr(model, "is_gradient_checkpointing", False):
+    if _is_checkpointing(model):
         # Frozen embeddings give checkpointed blocks no input that needs a gradient.
         model.enable_input_require_grads()
     return peft_model
+
+
+def _is_checkpointing(model: PreTrainedModel) -> bool:
+    # Two names for one thing, by version of transformers; the older one warns in the newer.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    known = next(name for name in names if hasattr(type(model), name))
+    return bool(getattr(model, known))
 
 
 def attention_projections(model: nn.Module) -> list[str]:
