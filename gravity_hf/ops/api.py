@@ -156,7 +156,9 @@ def _check(
         _expect(dtype_fits, "mask", "bool (True = attend) or float (added)", mask.dtype)
         full = (batch, heads, queries, keys)
         tail = full[len(full) - mask.dim() :]
-        fits = mask.dim() <= 4 and all(m in (1, f) for m, f in zip(mask.shape, tail, strict=True))
+        # Written out: `in` does not compare the symbolic lengths of a compiled graph.
+        pairs = zip(mask.shape, tail, strict=True)
+        fits = mask.dim() <= 4 and all(m == 1 or m == f for m, f in pairs)
         _expect(fits, "mask", f"broadcastable to {full}", tuple(mask.shape))
 
 

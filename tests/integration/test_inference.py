@@ -162,6 +162,14 @@ def test_compiled_fullgraph_equals_eager_in_values_and_gradients(implementation)
         torch.testing.assert_close(under_compile[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_a_compiled_model_takes_other_lengths_without_breaking_its_graph():
+    model = gravity_host("qwen2", num_hidden_layers=2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (11, 17, 23, 5):
+        inputs = tiny_inputs("qwen2", length=length)
+        torch.testing.assert_close(logits(compiled, inputs), logits(model, inputs), **TOLERANCE)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close_to_float32(dtype):
     model, inputs = gravity_host("qwen2"), tiny_inputs("qwen2")
