@@ -17,11 +17,13 @@ _HISTOGRAM_BINS = 1 << 14
 
 
 class _View(NamedTuple):
-    """Float32 `q` `[B, Hkv, G, Tq, D]`, `k` `[B, Hkv, Tk, D]`, `allowed` bool `[B, Tq, Tk]`."""
+    """Float32 `q` `[B, Hkv, G, Tq, D]`, `k` `[B, Hkv, Tk, D]`, `allowed` bool `[B, Tq, Tk]`; `bias`
+    `[B|1, H|1, Tq, Tk]` where the host's mask adds more to the scores than hidden keys."""
 
     q: Tensor
     k: Tensor
     allowed: Tensor
+    bias: Tensor | None
 
 
 class Observer:
@@ -36,14 +38,19 @@ class Observer:
         batch, heads, queries, width = query.shape
         kv_heads, keys = key.shape[1], key.shape[2]
         allowed = torch.ones(batch, queries, keys, dtype=torch.bool, device=query.device)
+        bias = None
         if mask is not None:
+            visible, bias = split_mask(mask)
             # Hidden means hidden from every head; per-head masks only differ in their bias.
-            allowed &= split_mask(mask)[0].any(1)
+            allowed &= visible.any(1)
+            bias = None if bias is None else bias.masked_fill(~visible, 0.0).float()
+            bias = bias if bias is not None and bias.any() else None
         if self.real_tokens is not None and self.real_tokens.shape == (batch, queries):
             allowed &= self.real_tokens.to(allowed.device)[:, :, None]
         q = query.detach().float().view(batch, kv_heads, heads // kv_heads, queries, width)
         self.calls += 1
-        self.update(_View(q, key.detach().float(), allowed), scaling if scaling else width**-0.5)
+        view = _View(q, key.detach().float(), allowed, bias)
+        self.update(view, scaling if scaling else width**-0.5)
 
     def update(self, view: _View, scaling: float) -> None:
         raise NotImplementedError
@@ -78,10 +85,11 @@ class Moments(Observer):
 
         keys = view.k.repeat_interleave(view.q.shape[2], 1)
         attended_sq = keys.square().sum(-1)[:, :, None]
-        for q, allowed in _row_blocks(view):
+        for q, allowed, bias in _row_blocks(view):
             dot = q @ keys.transpose(-2, -1)
             hidden = ~allowed[:, None]
-            weights = (scaling * dot).masked_fill(hidden, torch.finfo(dot.dtype).min).softmax(-1)
+            score = scaling * dot + bias
+            weights = score.masked_fill(hidden, torch.finfo(dot.dtype).min).softmax(-1)
             weights = weights.masked_fill(hidden, 0.0)
             self._add("dot", _total(weights * dot, (0, 2, 3)))
             self._add("attended_key_sq", _total(weights * attended_sq, (0, 2, 3)))
@@ -111,10 +119,10 @@ class Agreement(Observer):
         radius = self.terms.key_radius_sq
         radius = None if radius is None else radius.to(keys.device).repeat_interleave(groups)
         mass, softening = (t.to(keys.device) for t in (self.terms.mass, self.terms.softening))
-        for q, allowed in _row_blocks(view):
+        for q, allowed, bias in _row_blocks(view):
             distance_sq = squared_distance(q, keys, radius)
-            gravity = gravity_score(distance_sq, mass, softening, self.law)
-            host = scaling * (q @ keys.transpose(-2, -1))
+            gravity = gravity_score(distance_sq, mass, softening, self.law) + bias
+            host = scaling * (q @ keys.transpose(-2, -1)) + bias
             self._add_divergence(host, gravity, allowed[:, None])
             self._add_distances(distance_sq, allowed)
 
@@ -154,14 +162,16 @@ class Agreement(Observer):
         return position.squeeze(-1) * self.reach_sq.double().cpu() / _HISTOGRAM_BINS
 
 
-def _row_blocks(view: _View) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of `q` `[B, H, rows, D]` and `allowed` `[B, rows, Tk]`."""
+def _row_blocks(view: _View) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+    """Blocks of `q` `[B, H, rows, D]`, `allowed` `[B, rows, Tk]` and the bias of these rows."""
     batch, kv_heads, groups, queries, width = view.q.shape
     q = view.q.reshape(batch, kv_heads * groups, queries, width)
     per_row = batch * kv_heads * groups * view.k.shape[2]
     rows = max(1, _BLOCK_ELEMENTS // max(per_row, 1))
     for start in range(0, queries, rows):
-        yield q[:, :, start : start + rows], view.allowed[:, start : start + rows]
+        part = slice(start, start + rows)
+        bias = 0.0 if view.bias is None else view.bias[:, :, part]
+        yield q[:, :, part], view.allowed[:, part], bias
 
 
 def _total(values: Tensor, dims: tuple[int, ...]) -> Tensor:

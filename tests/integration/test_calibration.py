@@ -165,6 +165,21 @@ def test_right_padding_of_an_encoder_teaches_nothing():
         assert math.isclose(a["mass"], b["mass"], rel_tol=1e-4)
 
 
+def test_a_bias_in_the_host_s_mask_counts_as_the_host_s_attention():
+    """Swin and its kin fold their relative positions into a float mask, one for each head."""
+    from gravity_hf.integration.observers import Moments
+
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    bias = torch.randn(1, 4, 5, 7)
+    bias[..., 2] = torch.finfo(torch.float32).min
+    seen = Moments()
+    seen.see(q, k, bias, 0.5)
+    dot = q @ k.repeat_interleave(2, 1).transpose(-2, -1)
+    expected = ((0.5 * dot + bias).softmax(-1) * dot).sum((0, 2, 3))
+    torch.testing.assert_close(seen.sums["dot"].float(), expected)
+    assert seen.keys == 2 * 6 and seen.queries == 2 * 5
+
+
 def test_it_is_deterministic_and_reads_generators():
     batches = [tiny_inputs("qwen2", seed=s) for s in (1, 2, 3)]
     first = calibrate(patch_with_gravity(tiny_host("qwen2")), batches)
