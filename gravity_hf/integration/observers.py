@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ class _View(NamedTuple):
     bias: Tensor | None
 
 
-class Observer:
+class Observer(ABC):
     """Base of the two passes: shown every q and k that an attention module attends with."""
 
     def __init__(self) -> None:
@@ -52,8 +53,9 @@ class Observer:
         view = _View(q, key.detach().float(), allowed, bias)
         self.update(view, scaling if scaling else width**-0.5)
 
+    @abstractmethod
     def update(self, view: _View, scaling: float) -> None:
-        raise NotImplementedError
+        """Add one call of the attention module to the running statistics."""
 
 
 class Moments(Observer):
