@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. One table for `__all__` and for lazy access.
 _EXPORTS = {
-    "CalibrationReport": ".integration.calibration",
+    "CalibrationReport": ".integration.calibration_report",
     "GravityConfig": ".config",
     "GravityTrainer": ".training.optim",
     "calibrate": ".integration.calibration",

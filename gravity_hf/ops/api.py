@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import IMPLEMENTATIONS, LAWS
 from .chunked import gravity_attention_chunked
 from .flex import gravity_attention_flex
 from .reference import gravity_attention_reference
-
-LAWS = ("force", "power")
-IMPLEMENTATIONS = ("auto", "reference", "chunked", "flex")
 
 
 def gravity_attention(

@@ -202,6 +202,12 @@ def test_assisted_and_beam_generation_run_on_a_patched_model():
     assert model.generate(**inputs, **options, num_beams=2).shape == greedy.shape
 
 
+def test_continuous_batching_is_refused():
+    model = patch_with_gravity(tiny_host("qwen2"))
+    with pytest.raises(ValueError, match="gravity is not supported for continuous batching"):
+        model.generate_batch([[5, 6, 7], [8, 9]], max_new_tokens=2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "bert"])

@@ -111,11 +111,20 @@ def test_mass_granularity(granularity, count):
     assert logits(model, inputs).isfinite().all()
 
 
+SMALL = {"vocab_size": 97, "hidden_size": 32}
+
+
 @pytest.mark.parametrize(
     "model_class, config",
     [
-        ("BloomForCausalLM", {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-        ("MambaForCausalLM", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}),
+        ("BloomForCausalLM", {**SMALL, "n_layer": 2, "n_head": 4}),
+        ("FalconForCausalLM", {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 4}),
+        ("GPTJForCausalLM", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+        (
+            "DebertaV2Model",
+            {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+        ),
+        ("MambaForCausalLM", {**SMALL, "num_hidden_layers": 2}),
     ],
 )
 def test_an_architecture_out_of_reach_is_refused_by_name(model_class, config):

@@ -24,7 +24,7 @@ def demo(
         list[Path] | None,
         typer.Option(help="Your own text; repeatable. Default: the Python standard library's."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the steps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, for a first look.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train the host again even if OUT has one.")
     ] = False,

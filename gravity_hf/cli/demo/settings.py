@@ -53,7 +53,7 @@ class DemoSettings:
 
 
 def demo_settings(seed: int, quick: bool) -> DemoSettings:
-    """The full run, or one of a quarter of its length for a first look."""
+    """The full run, or a shorter one for a first look."""
     if not quick:
         return DemoSettings(seed=seed)
     return DemoSettings(
