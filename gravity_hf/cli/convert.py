@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ..training.text import read_texts
 from .console import make_console, quiet_libraries
 from .folders import require_free, whole_folder
 from .status import CALIBRATION_FILE
-from .text import read_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,7 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _measure(model: PreTrainedModel, batches: list[dict[str, Tensor]], writes: bool) -> object:
-    from .measures import mean_loss, pooled_embeddings
+    from ..training.measures import mean_loss, pooled_embeddings
 
     if writes:
         return mean_loss(model, (batch["input_ids"] for batch in batches))
@@ -123,7 +123,7 @@ def _measure(model: PreTrainedModel, batches: list[dict[str, Tensor]], writes: b
 def _say_cost(
     console: Console, before: object, after: object, writes: bool, report: CalibrationReport
 ) -> None:
-    from .measures import embedding_likeness
+    from ..training.measures import embedding_likeness
 
     if writes:
         console.print(

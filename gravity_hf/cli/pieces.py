@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .text import disjoint_samples, prose_paragraphs
+from ..training.text import disjoint_samples, prose_paragraphs
 
 Batches = list[dict[str, Tensor]]
 

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 from gravity_hf.cli.console import make_console
 from gravity_hf.cli.demo.host import new_host
 from gravity_hf.cli.demo.run import run_demo
-from gravity_hf.cli.demo.tokenizer import byte_tokenizer
+from gravity_hf.training.tokenizers import byte_tokenizer
 
 
 @pytest.fixture

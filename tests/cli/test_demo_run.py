@@ -12,9 +12,9 @@ from cli.commands import TINY, DemoRun
 
 from gravity_hf import load_gravity_model
 from gravity_hf.cli.console import make_console
-from gravity_hf.cli.demo.corpus import load_corpus
 from gravity_hf.cli.demo.heal import CALIBRATED, CONTROL, TITLES
 from gravity_hf.cli.demo.host import obtain_host, recent
+from gravity_hf.training.corpus import load_corpus
 
 VOID = {"meta", "link", "br", "img", "path", "use", "rect", "hr"}
 

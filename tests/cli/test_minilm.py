@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gravity_hf.cli.demo import minilm
-from gravity_hf.cli.measures import embedding_likeness
-from gravity_hf.cli.text import disjoint_samples, prose_paragraphs, read_texts
+from gravity_hf.training.measures import embedding_likeness
+from gravity_hf.training.text import disjoint_samples, prose_paragraphs, read_texts
 
 
 @pytest.mark.skipif(minilm.minilm_folder() is None, reason=f"needs {minilm.PACKAGE}")

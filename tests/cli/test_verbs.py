@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gravity_hf import GravityConfig, gravity_lora, load_gravity_model, patch_with_gravity
 from gravity_hf.cli.convert import parse_layers
-from gravity_hf.cli.demo.tokenizer import byte_tokenizer
 from gravity_hf.cli.pieces import token_windows
+from gravity_hf.training.tokenizers import byte_tokenizer
 
 SMALL = ("--samples", 2, "--length", 32)
 

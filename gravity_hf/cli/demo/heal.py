@@ -16,12 +16,12 @@ from ...config import GravityConfig
 from ...integration.calibration import calibrate
 from ...integration.calibration_report import CalibrationReport
 from ...integration.patching import patch_with_gravity
+from ...training.corpus import Corpus, even_windows, random_windows
 from ...training.lora import attention_projections, gravity_lora
+from ...training.measures import mean_loss
 from ...training.optim import gravity_param_groups
 from ...viz.masses import masses_by_layer
 from ..console import progress_bar
-from ..measures import mean_loss
-from .corpus import Corpus, even_windows, random_windows
 from .host import cosine_schedule, recent, train_step
 from .settings import DemoSettings
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from ...training.corpus import Corpus, random_windows
+from ...training.tokenizers import BYTES, byte_tokenizer
 from ..console import progress_bar
-from .corpus import Corpus, random_windows
 from .settings import DemoSettings
-from .tokenizer import BYTES, byte_tokenizer
 
 _RECORD = "training.json"
 _WARMUP_SHARE = 0.05

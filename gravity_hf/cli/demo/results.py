@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from ... import __version__
-from .corpus import Corpus
+from ...training.corpus import Corpus
 from .heal import CALIBRATED, CONTROL, TITLES, Outcome
 from .reload import TOLERANCE
 from .settings import ACCEPTED_GAP, DemoSettings

@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ...training.corpus import Corpus, even_windows, load_corpus
+from ...training.text import disjoint_samples, prose_paragraphs, read_texts
+from ...training.tokenizers import byte_tokenizer
 from ..console import progress_bar, quiet_libraries
 from ..folders import require_free, whole_folder
-from ..text import disjoint_samples, prose_paragraphs, read_texts
-from .corpus import Corpus, even_windows, load_corpus
 from .heal import CALIBRATED, TITLES, Laboratory, Outcome
 from .host import TrainedHost, obtain_host
 from .minilm import HOW_TO_GET, minilm_folder, minilm_rows
@@ -24,7 +25,6 @@ from .report import report_html, table_markdown
 from .results import DemoResults, run_conditions
 from .settings import DemoSettings
 from .tables import encoder_cells, loss_cells, to_rich
-from .tokenizer import byte_tokenizer
 
 _PROMPT = "class Test:\n    def __init__(self, "
 _CHECKED_WINDOWS = 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..text import read_text
+from .text import read_text
 
 # Not the library's own prose and code: third parties, tests, tables, generated text.
 EXCLUDED = frozenset(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gravity_hf.cli.demo.corpus import (
+from gravity_hf.training.corpus import (
     EXCLUDED,
     even_windows,
     load_corpus,
@@ -15,7 +15,7 @@ from gravity_hf.cli.demo.corpus import (
     split_by_file,
     stdlib_root,
 )
-from gravity_hf.cli.text import disjoint_samples, embedded_english, prose_paragraphs
+from gravity_hf.training.text import disjoint_samples, embedded_english, prose_paragraphs
 
 
 def test_split_is_deterministic_and_disjoint_by_file() -> None:
