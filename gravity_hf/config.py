@@ -34,7 +34,10 @@ class GravityConfig:
             them; `None` converts all. The others keep dot-product attention.
         implementation: how the operator is computed: `"auto"`, `"reference"`, `"chunked"`,
             `"flex"`.
-        softness: the softness that `calibrate` used, `None` if the model was not calibrated.
+        softness: the softness that `calibrate` used, the largest of any head where it chose one for
+            each; `None` if the model was not calibrated.
+        max_kl: the budget that `calibrate` kept, mean KL to the host's attention in nats per query
+            row; `None` without one.
         version: version of this block.
 
     Raises:
@@ -50,6 +53,7 @@ class GravityConfig:
     layers: tuple[int, ...] | None = None
     implementation: str = "auto"
     softness: float | None = None
+    max_kl: float | None = None
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -63,6 +67,10 @@ class GravityConfig:
             raise ValueError(_message("learn_softening", "True or False", self.learn_softening))
         if self.softness is not None:
             _require_number("softness", self.softness, 0.0)
+        if self.max_kl is not None:
+            _require_number("max_kl", self.max_kl, 0.0)
+            if self.max_kl == 0:
+                raise ValueError(_message("max_kl", "a finite number > 0", self.max_kl))
         if self.layers is not None:
             object.__setattr__(self, "layers", _layer_indices(self.layers))
         if isinstance(self.version, bool) or self.version != CONFIG_VERSION:
@@ -70,6 +78,18 @@ class GravityConfig:
                 _message("version", f"{CONFIG_VERSION}", self.version)
                 + "; a newer checkpoint needs a newer gravity_hf: pip install -U gravity_hf"
             )
+
+    @property
+    def softness_in_words(self) -> str:
+        """How soft the model is, for people."""
+        if self.softness is None:
+            return "not calibrated"
+        if self.max_kl is None:
+            return f"softness {self.softness:g}"
+        return (
+            f"softness up to {self.softness:.3g}, each head's least within a KL of "
+            f"{self.max_kl:g} nats to its host"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict(to_dict())` is the identity."""

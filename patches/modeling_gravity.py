@@ -42,6 +42,7 @@ SETTINGS = {
     "layers",
     "implementation",
     "softness",
+    "max_kl",
     "version",
 }
 REFUSED_ARGUMENTS = (

@@ -33,6 +33,7 @@ valid_settings = st.fixed_dictionaries(
         "layers": st.none() | st.lists(st.integers(0, 100)),
         "implementation": st.sampled_from(IMPLEMENTATIONS),
         "softness": st.none() | st.floats(0, 100),
+        "max_kl": st.none() | st.floats(0, 100, exclude_min=True),
     },
 )
 
@@ -116,6 +117,10 @@ def test_limits_are_inside() -> None:
         ("layers", [True], "a list of indices >= 0, or None"),
         ("softness", -1.0, "a finite number >= 0"),
         ("softness", "soft", "a finite number >= 0"),
+        ("max_kl", 0.0, "a finite number > 0"),
+        ("max_kl", -1.0, "a finite number >"),
+        ("max_kl", float("inf"), "a finite number"),
+        ("max_kl", "0.1", "a finite number"),
         ("version", 0, "1"),
         ("version", "1", "1"),
         ("version", None, "1"),

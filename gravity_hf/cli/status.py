@@ -53,9 +53,10 @@ def _show_gravity_model(console: Console, directory: Path, config: dict[str, Any
 
     settings = GravityConfig.from_dict(config["gravity"])
     architecture = (config.get("architectures") or [config.get("model_type")])[0]
-    softness = "not calibrated" if settings.softness is None else f"softness {settings.softness:g}"
     console.print(_title(directory, f"gravity model, {architecture}"))
-    console.print(f"  law {settings.law}, distance {settings.distance}, {softness}")
+    console.print(
+        f"  law {settings.law}, distance {settings.distance}, {settings.softness_in_words}"
+    )
     console.print(
         f"  one mass per {settings.mass_per.replace('_', ' ')}, base epsilon "
         f"{settings.epsilon:g}, implementation {settings.implementation}"
@@ -95,6 +96,15 @@ def _show_calibration(console: Console, directory: Path) -> None:
     }
     found = [text.format(summary[key]) for key, text in shown.items() if key in summary]
     console.print("  at calibration: " + ", ".join(found))
+    factors = [summary.get(f"softness_{which}") for which in ("min", "median", "max")]
+    if None not in factors and factors[0] != factors[-1]:
+        spread = " / ".join(f"{factor:.3g}" for factor in factors)
+        console.print(f"  softness over all heads, lowest / median / highest: {spread}")
+    if summary.get("over_budget"):
+        console.print(
+            f"  [bold]{summary['over_budget']} of {summary['heads']} heads are over the KL budget"
+            "[/bold]"
+        )
 
 
 def _show_plain_model(console: Console, directory: Path, config: dict[str, Any]) -> None:

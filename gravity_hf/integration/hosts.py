@@ -142,7 +142,10 @@ def gravity_modules(model: nn.Module) -> dict[str, GravityParameters]:
 
 def host_of(gravity_class: type) -> type:
     """The host's class, of a gravity model or config class."""
-    return gravity_class.__mro__[2]
+    # Counted from our own base: `fully_shard` puts classes of its own in front of a model's.
+    order = gravity_class.__mro__
+    base = GravityHost if issubclass(gravity_class, GravityHost) else GravityHostConfig
+    return order[order.index(base) + 1]
 
 
 def is_native(host: type) -> bool:

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from ..layers.parameters import GravityTerms
+from ..ops.precision import exact_products
 from ..ops.reference import gravity_score, split_mask, squared_distance
+from .attention import AttentionCall
 
 # Elements of one score block; bounds the memory of calibration, not its result.
 _BLOCK_ELEMENTS = 1 << 22
 _HISTOGRAM_BINS = 1 << 14
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """Float32 `q` `[B, Hkv, G, Tq, D]`, `k` `[B, Hkv, Tk, D]`, `allowed` bool `[B, Tq, Tk]`; `bias`
     `[B|1, H|1, Tq, Tk]` where the host's mask adds more to the scores than hidden keys."""
 
@@ -28,12 +30,20 @@ class _View(NamedTuple):
 
 
 class Observer(ABC):
-    """Base of the two passes: shown every q and k that an attention module attends with."""
+    """Base of the calibration passes: shown every q and k that an attention module attends with.
+
+    The module itself goes on with the host's dot product, so that what later modules are shown
+    does not depend on the masses that are being measured.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
         # `[B, T]` bool of the batch being run; rows of padding teach nothing. None: all count.
         self.real_tokens: Tensor | None = None
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        self.see(call.query, call.key, call.mask, call.scaling)
+        return call.dot_product()
 
     def see(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         batch, heads, queries, width = query.shape
@@ -50,11 +60,13 @@ class Observer(ABC):
             allowed &= self.real_tokens.to(allowed.device)[:, :, None]
         q = query.detach().float().view(batch, kv_heads, heads // kv_heads, queries, width)
         self.calls += 1
-        view = _View(q, key.detach().float(), allowed, bias)
-        self.update(view, scaling if scaling else width**-0.5)
+        view = View(q, key.detach().float(), allowed, bias)
+        # A model prepared for half-precision training runs under autocast.
+        with exact_products(query.device):
+            self.update(view, scaling if scaling else width**-0.5)
 
     @abstractmethod
-    def update(self, view: _View, scaling: float) -> None:
+    def update(self, view: View, scaling: float) -> None:
         """Add one call of the attention module to the running statistics."""
 
 
@@ -73,13 +85,13 @@ class Moments(Observer):
         self.sums: dict[str, Tensor] = {}
         self.longest_key_sq = self.longest_query_sq = torch.zeros(())
 
-    def update(self, view: _View, scaling: float) -> None:
+    def update(self, view: View, scaling: float) -> None:
         self.scaling = scaling
         rows, columns = view.allowed.any(-1), view.allowed.any(-2)
         query_sq = view.q.square().sum(-1).flatten(1, 2) * rows[:, None]
         key_sq = view.k.square().sum(-1) * columns[:, None]
-        self._add("query_sq", _total(query_sq, (0, 2)))
-        self._add("key_sq", _total(key_sq, (0, 2)))
+        self._add("query_sq", total(query_sq, (0, 2)))
+        self._add("key_sq", total(key_sq, (0, 2)))
         self.queries += int(rows.sum())
         self.keys += int(columns.sum())
         self.longest_query_sq = _longest(self.longest_query_sq, query_sq)
@@ -87,14 +99,14 @@ class Moments(Observer):
 
         keys = view.k.repeat_interleave(view.q.shape[2], 1)
         attended_sq = keys.square().sum(-1)[:, :, None]
-        for q, allowed, bias in _row_blocks(view):
+        for q, allowed, bias in row_blocks(view):
             dot = q @ keys.transpose(-2, -1)
             hidden = ~allowed[:, None]
             score = scaling * dot + bias
             weights = score.masked_fill(hidden, torch.finfo(dot.dtype).min).softmax(-1)
             weights = weights.masked_fill(hidden, 0.0)
-            self._add("dot", _total(weights * dot, (0, 2, 3)))
-            self._add("attended_key_sq", _total(weights * attended_sq, (0, 2, 3)))
+            self._add("dot", total(weights * dot, (0, 2, 3)))
+            self._add("attended_key_sq", total(weights * attended_sq, (0, 2, 3)))
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -115,13 +127,13 @@ class Agreement(Observer):
         self.kl_sum = torch.zeros(heads, dtype=torch.float64)
         self.histogram = torch.zeros(heads, _HISTOGRAM_BINS, dtype=torch.float64)
 
-    def update(self, view: _View, scaling: float) -> None:
+    def update(self, view: View, scaling: float) -> None:
         groups = view.q.shape[2]
         keys = view.k.repeat_interleave(groups, 1)
         radius = self.terms.key_radius_sq
         radius = None if radius is None else radius.to(keys.device).repeat_interleave(groups)
         mass, softening = (t.to(keys.device) for t in (self.terms.mass, self.terms.softening))
-        for q, allowed, bias in _row_blocks(view):
+        for q, allowed, bias in row_blocks(view):
             distance_sq = squared_distance(q, keys, radius)
             gravity = gravity_score(distance_sq, mass, softening, self.law) + bias
             host = scaling * (q @ keys.transpose(-2, -1)) + bias
@@ -133,7 +145,7 @@ class Agreement(Observer):
         log_host = host.masked_fill(~allowed, lowest).log_softmax(-1)
         log_gravity = gravity.masked_fill(~allowed, lowest).log_softmax(-1)
         terms = (log_host.exp() * (log_host - log_gravity)).masked_fill(~allowed, 0.0)
-        self.kl_sum += _total(terms.sum(-1), (0, 2)).cpu()
+        self.kl_sum += total(terms.sum(-1), (0, 2)).cpu()
         self.rows += int(allowed.any(-1).sum())
 
     def _add_distances(self, distance_sq: Tensor, allowed: Tensor) -> None:
@@ -164,7 +176,7 @@ class Agreement(Observer):
         return position.squeeze(-1) * self.reach_sq.double().cpu() / _HISTOGRAM_BINS
 
 
-def _row_blocks(view: _View) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+def row_blocks(view: View) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
     """Blocks of `q` `[B, H, rows, D]`, `allowed` `[B, rows, Tk]` and the bias of these rows."""
     batch, kv_heads, groups, queries, width = view.q.shape
     q = view.q.reshape(batch, kv_heads * groups, queries, width)
@@ -176,7 +188,7 @@ def _row_blocks(view: _View) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
         yield q[:, :, part], view.allowed[:, part], bias
 
 
-def _total(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+def total(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     return values.sum(dims, dtype=torch.float64)
 
 

@@ -59,10 +59,9 @@ class GravityStatus:
         if not self.patched or self.config is None:
             return f"{self.model}: not patched ({self.implementation} attention)"
         config = self.config
-        softness = "not calibrated" if config.softness is None else f"softness {config.softness:g}"
         lines = [
             f"{self.model}: gravity in {len(self.layers)} attention modules",
-            f"  law {config.law}, distance {config.distance}, {softness}",
+            f"  law {config.law}, distance {config.distance}, {config.softness_in_words}",
             f"  one mass per {config.mass_per}, {self.parameters} added numbers",
             f"  implementation {self.implementation}",
         ]

@@ -52,7 +52,8 @@ class GravityParameters(nn.Module):
         self.config = config
         self.query_heads = query_heads
         self.key_value_heads = key_value_heads
-        # Set only while `calibrate` runs: an object that is shown every q, k of this module.
+        # Set only while calibration or transfer watches: its `attend(call)` decides what the
+        # attention module goes on with. None: gravity.
         self.observer: Any = None
         kind = {"dtype": torch.float32, "device": device}
         self.mass_log = nn.Parameter(torch.full((self.mass_count,), config.mass_init, **kind))
@@ -68,8 +69,8 @@ class GravityParameters(nn.Module):
         return counts[self.config.mass_per]
 
     def forward(self) -> GravityTerms:
-        mass = F.softplus(self.mass_log.float())
-        mass = mass.repeat_interleave(self.query_heads // self.mass_count)
+        shared = self.query_heads // self.mass_count
+        mass = F.softplus(self.mass_log.float().repeat_interleave(shared))
         if self.config.learn_softening:
             softening = F.softplus(self.softening_log.float()).clamp(min=EPSILON_FLOOR)
         else:

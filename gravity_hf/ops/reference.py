@@ -104,21 +104,23 @@ def gravity_attention_reference(
     if key_mass is not None:
         key_mass = key_mass.to(dtype)
 
-    distance_sq = squared_distance(q, k, key_radius_sq)
-    score = gravity_score(distance_sq, mass, eps, law, query_mass, key_mass)
-    allowed = None
-    if mask is not None:
-        allowed, bias = split_mask(mask)
-        if bias is not None:
-            score = score + bias.masked_fill(~allowed, 0.0).to(dtype)
-    if causal:
-        triangle = causal_mask(q.shape[2], k.shape[2], q.device)
-        allowed = triangle if allowed is None else allowed & triangle
-    if allowed is None:
-        weights = score.softmax(-1)
-    else:
-        lowest = torch.finfo(dtype).min
-        weights = score.masked_fill(~allowed, lowest).softmax(-1)
-        weights = weights * allowed.any(-1, keepdim=True)
-    weights = torch.nn.functional.dropout(weights, dropout_p)
-    return AttentionOutput((weights @ v).to(out_dtype), weights)
+    # Under autocast a product would be rounded to half precision, whatever its operands are.
+    with torch.autocast(q.device.type, enabled=False):
+        distance_sq = squared_distance(q, k, key_radius_sq)
+        score = gravity_score(distance_sq, mass, eps, law, query_mass, key_mass)
+        allowed = None
+        if mask is not None:
+            allowed, bias = split_mask(mask)
+            if bias is not None:
+                score = score + bias.masked_fill(~allowed, 0.0).to(dtype)
+        if causal:
+            triangle = causal_mask(q.shape[2], k.shape[2], q.device)
+            allowed = triangle if allowed is None else allowed & triangle
+        if allowed is None:
+            weights = score.softmax(-1)
+        else:
+            lowest = torch.finfo(dtype).min
+            weights = score.masked_fill(~allowed, lowest).softmax(-1)
+            weights = weights * allowed.any(-1, keepdim=True)
+        weights = torch.nn.functional.dropout(weights, dropout_p)
+        return AttentionOutput((weights @ v).to(out_dtype), weights)

@@ -8,32 +8,12 @@ import math
 import pytest
 import torch
 from hosts import logits, tiny_host, tiny_inputs
+from integration.spy import collect_heads
 from torch.nn import functional as F
 
 from gravity_hf import GravityConfig, calibrate, patch_with_gravity
 from gravity_hf.integration.hosts import gravity_modules
-
-
-def collect_heads(family, batches):
-    """q, k `[B, H, T, D]` of every call of an unpatched host, by spying on eager attention."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    calls = {}
-
-    def spy(module, query, key, value, mask, **kwargs):
-        groups = query.shape[1] // key.shape[1]
-        calls.setdefault(module, []).append((query, key.repeat_interleave(groups, 1), mask))
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
-    AttentionInterface.register("spy", spy)
-    AttentionMaskInterface.register("spy", sdpa_mask)
-    model = tiny_host(family)
-    model.set_attn_implementation("spy")
-    for batch in batches:
-        logits(model, batch)
-    return list(calls.values())
+from gravity_hf.integration.observers import Agreement, Moments, Observer
 
 
 @pytest.mark.parametrize("law", ["force", "power"])
@@ -120,8 +100,6 @@ def test_softness_brings_the_model_to_its_host():
 
 def test_the_mass_is_where_the_divergence_is_smallest():
     """The closed form against other masses: a tangent elsewhere fits the host's attention worse."""
-    from gravity_hf.integration.observers import Agreement
-
     model, inputs = patch_with_gravity(tiny_host("qwen2")), tiny_inputs("qwen2")
     best = calibrate(model, [inputs])
     heads = {}
@@ -167,8 +145,6 @@ def test_right_padding_of_an_encoder_teaches_nothing():
 
 def test_a_bias_in_the_host_s_mask_counts_as_the_host_s_attention():
     """Swin and its kin fold their relative positions into a float mask, one for each head."""
-    from gravity_hf.integration.observers import Moments
-
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
     bias = torch.randn(1, 4, 5, 7)
     bias[..., 2] = torch.finfo(torch.float32).min
@@ -237,6 +213,10 @@ def test_a_failing_batch_changes_nothing():
     [
         ({"softness": -1.0}, ValueError, "softness: expected a finite number >= 0"),
         ({"softness": math.nan}, ValueError, "softness"),
+        ({"max_kl": 0.0}, ValueError, "max_kl: expected a finite number > 0"),
+        ({"max_kl": math.inf}, ValueError, "max_kl"),
+        ({"max_kl": 0.1, "max_softness": 0.0}, ValueError, "max_softness: expected a finite"),
+        ({"max_kl": 0.1, "softness": 1.0}, ValueError, "softness or max_kl"),
         ({"distance": "manhattan"}, ValueError, "distance: expected one of"),
         ({"batches": []}, ValueError, "at least one batch"),
     ],
@@ -267,7 +247,8 @@ def test_the_report_reads_as_rows_table_and_json():
     assert len(table) == 19 and "contrast" in table[0] and "model.layers.2.self_attn" in table[-1]
     content = json.loads(report.to_json())
     assert content["rows"] == list(report.rows)
-    assert content["summary"]["softness"] == 1.0 and content["settings"]["distance"] == "lifted"
+    assert content["summary"]["softness"] == 1.0 == content["summary"]["softness_min"]
+    assert "softness" in table[0] and content["settings"]["distance"] == "lifted"
 
 
 def test_the_observer_sees_the_host_s_own_attention():
@@ -275,8 +256,8 @@ def test_the_observer_sees_the_host_s_own_attention():
     model, inputs = patch_with_gravity(tiny_host("qwen2")), tiny_inputs("qwen2")
     host = logits(tiny_host("qwen2"), inputs)
 
-    class Nothing:
-        def see(self, *args):
+    class Nothing(Observer):
+        def update(self, view, scaling):
             pass
 
     for module in gravity_modules(model).values():

@@ -119,7 +119,7 @@ SMALL = {"vocab_size": 97, "hidden_size": 32}
     [
         ("BloomForCausalLM", {**SMALL, "n_layer": 2, "n_head": 4}),
         ("FalconForCausalLM", {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 4}),
-        ("GPTJForCausalLM", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+        ("OpenAIGPTLMHeadModel", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
         (
             "DebertaV2Model",
             {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},

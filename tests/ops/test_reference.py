@@ -117,3 +117,14 @@ def test_steepest_slope_and_largest_score_of_the_force_law(eps):
         3 * math.sqrt(3) / 8 * 1.3**2 / eps**1.5, rel=1e-4
     )
     assert score.max().item() == pytest.approx(1.3**2 / eps)
+
+
+def test_autocast_leaves_the_definition_in_float32():
+    """F16: under autocast a plain product would be rounded to bfloat16."""
+    inputs = {
+        name: value.float() if isinstance(value, torch.Tensor) else value
+        for name, value in make_inputs(family="near", queries=40, keys=40, width=64).items()
+    }
+    expected = run(gravity_attention_reference, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(gravity_attention_reference, inputs), expected)
