@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..layers.parameters import GravityParameters
+from .distributed import check_strategy, fsdp2_options, saves_shards, shard_gravity
 
 DEFAULT_GRAVITY_SCALE = 30.0
 
@@ -23,8 +26,8 @@ def gravity_param_groups(
     """Optimiser groups of the trainable parameters, gravity's own last.
 
     A mass enters through softplus, so a mass of 100 moves by one learning rate a step like a mass
-    of
-    1: without a rate of their own, masses stand still. Decay would pull every mass to softplus(0).
+    of 1: without a rate of their own, masses stand still. Decay would pull every mass to
+    softplus(0).
 
     Args:
         model: patched, with or without LoRA.
@@ -55,10 +58,15 @@ def gravity_param_groups(
 
 
 class GravityTrainer(Trainer):
-    """transformers' Trainer in which masses and softenings have a group of their own.
+    """transformers' Trainer in which masses and softenings have a group of their own, and stay
+    float32 under FSDP2 (`accelerate launch`, or `TrainingArguments(fsdp=True)`).
 
     Args:
         gravity_scale: how much faster masses and softenings learn than weights.
+
+    Raises:
+        ValueError: a way of sharding that would round the masses or lose them (DeepSpeed, FSDP1,
+            some settings of FSDP2).
     """
 
     def __init__(
@@ -66,16 +74,46 @@ class GravityTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.gravity_scale = gravity_scale
+        if _gravity_ids(self.model):
+            check_strategy(self.accelerator, self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        target = self.model if model is None else model
+        # The last moment before accelerate shards the layers, and their masses with them.
+        options = fsdp2_options(self.accelerator)
+        if options is not None and _gravity_ids(target):
+            shard_gravity(target, **options)
         if self.optimizer is None:
             super().create_optimizer(model)
             _split_gravity_group(
                 self.optimizer,
-                _gravity_ids(self.model if model is None else model),
+                _gravity_ids(target),
                 self.args.learning_rate * self.gravity_scale,
             )
         return self.optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        # The first moment after accelerate has given the optimizer the sharded parameters. It tells
+        # them apart by address, which masses have not where there are fewer than processes.
+        if fsdp2_options(self.accelerator) is not None:
+            gravity_ids = _gravity_ids(self.model)
+            gravity = [p for p in self.model.parameters() if id(p) in gravity_ids]
+            trained = [p for p in gravity if p.requires_grad]
+            if trained:
+                self.optimizer.param_groups[-1]["params"] = trained
+        return super().create_scheduler(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; under FSDP2 with SHARDED_STATE_DICT, where transformers writes
+        nothing here, the whole model or adapter all the same. Checkpoints to resume from stay
+        sharded."""
+        folder = self.args.output_dir if output_dir is None else output_dir
+        is_checkpoint = Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR)
+        if saves_shards(self.accelerator) and not is_checkpoint:
+            state = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:
+                self._save(folder, state_dict=state)
+        super().save_model(output_dir, _internal_call)
 
 
 def _gravity_ids(model: nn.Module) -> set[int]:
