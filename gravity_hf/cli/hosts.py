@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,8 +11,14 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_host(name: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
-    """The model in the folder or Hub repository `name`, in the class that its config names."""
+def load_host(
+    name: str, dtype: str = "auto", device: str = "cpu", **options: Any
+) -> PreTrainedModel:
+    """The model in the folder or Hub repository `name`, in the class that its config names.
+
+    `options` go to `from_pretrained`; with a `device_map` among them the model stays where that
+    puts it.
+    """
     import torch
     import transformers
 
@@ -37,7 +43,8 @@ def load_host(name: str, dtype: str = "auto", device: str = "cpu") -> PreTrained
             f"model. Look at it with: gravity-hf status {name}"
         )
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    return model_class_of(config).from_pretrained(name, dtype=kind).to(device).eval()
+    model = model_class_of(config).from_pretrained(name, dtype=kind, **options)
+    return (model if "device_map" in options else model.to(device)).eval()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

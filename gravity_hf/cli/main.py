@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import convert, generate, status
+from . import evaluate, generate, status
 from .console import make_console
+from .convert import command as convert
 from .demo import command as demo
 
 EXPECTED_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError)
@@ -93,6 +94,7 @@ def _options(
 app.command(name="demo")(demo.demo)
 app.command(name="convert")(convert.convert)
 app.command(name="status")(status.status)
+app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="generate")(generate.generate)
 
 

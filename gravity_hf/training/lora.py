@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -56,15 +57,59 @@ def gravity_lora(
             "load, patch_with_gravity, calibrate, gravity_lora"
         )
     config = GravityLoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=attention_projections(model) if target_modules is None else target_modules,
+        **_lora_settings(model, r, alpha, dropout, target_modules),
         modules_to_save=["gravity"],
-        task_type=_task_type(model),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         gravity=settings.to_dict(),
     )
+    return _under_lora(model, config)
+
+
+def host_lora(
+    model: PreTrainedModel,
+    r: int = 8,
+    *,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+) -> PeftModel:
+    """The same LoRA on a host that keeps its dot-product attention: the control of a heal.
+
+    What a heal gains must be compared with what the host gains from the same steps on the same
+    data, or the text takes credit for the attention. Arguments: as for `gravity_lora`.
+
+    Raises:
+        RuntimeError: the model is patched.
+    """
+    if settings_of(model) is not None:
+        raise RuntimeError(
+            f"host_lora: expected an unpatched host, got {type(model).__name__}. For a patched "
+            "model call gravity_lora"
+        )
+    return _under_lora(
+        model, LoraConfig(**_lora_settings(model, r, alpha, dropout, target_modules))
+    )
+
+
+def _lora_settings(
+    model: PreTrainedModel,
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: Sequence[str] | str | None,
+) -> dict[str, Any]:
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": (
+            attention_projections(model) if target_modules is None else target_modules
+        ),
+        "task_type": _task_type(model),
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),
+    }
+
+
+def _under_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     peft_model = get_peft_model(model, config)
     if _is_checkpointing(model):
         # Frozen embeddings give checkpointed blocks no input that needs a gradient.

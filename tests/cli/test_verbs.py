@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from cli.commands import run
+from cli.conversions import TEXT
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gravity_hf import GravityConfig, gravity_lora, load_gravity_model, patch_with_gravity
-from gravity_hf.cli.convert import parse_layers
-from gravity_hf.cli.pieces import token_windows
 from gravity_hf.training.tokenizers import byte_tokenizer
 
 SMALL = ("--samples", 2, "--length", 32)
@@ -22,10 +23,10 @@ def test_convert_then_status_then_generate(decoder: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     converted = run("convert", decoder, out, *SMALL, "--softness", 2)
     assert converted.exit_code == 0, converted.output
-    assert "Loss on held-out text" in converted.output
+    assert "loss on held-out text" in converted.output
     names = {file.name for file in out.iterdir()}
     expected = {"config.json", "model.safetensors", "tokenizer.json", "calibration.json"}
-    assert expected | {"calibration.txt"} <= names
+    assert expected | {"calibration.txt", "results.json", "README.md"} <= names
 
     shown = run("status", out)
     assert shown.exit_code == 0, shown.output
@@ -58,15 +59,28 @@ def test_an_encoder_is_measured_by_its_embeddings(encoder: Path, tmp_path: Path)
     assert "encoder" in refused.output
 
 
-def test_force_replaces_a_model_and_nothing_else(decoder: Path, tmp_path: Path) -> None:
+def test_force_starts_anew_and_replaces_a_model_and_nothing_else(
+    decoder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     assert run("convert", decoder, out, *SMALL).exit_code == 0
     (out / "note.txt").write_text("old")
-    refused = run("convert", decoder, out, *SMALL)
+    again = run("convert", decoder, out, *SMALL)
+    assert again.exit_code == 0 and "save: finished before" in again.output
+    assert (out / "note.txt").exists()
+    forced = run("convert", decoder, out, *SMALL, "--force")
+    assert forced.exit_code == 0 and "finished before" not in forced.output
+    assert not (out / "note.txt").exists()
+
+    other = Path(shutil.copytree(decoder, tmp_path / "other"))
+    refused = run("convert", other, out, *SMALL)
     assert refused.exit_code == 2
     assert "--force" in refused.output
-    assert run("convert", decoder, out, *SMALL, "--force").exit_code == 0
-    assert not (out / "note.txt").exists()
+
+    plain = Path(shutil.copytree(decoder, tmp_path / "plain"))
+    assert "--force" in run("convert", decoder, plain, *SMALL).output
+    assert run("convert", decoder, plain, *SMALL, "--force").exit_code == 0
+    assert load_gravity_model(plain).config.gravity["softness"] == 1
 
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -111,30 +125,6 @@ def test_status_reads_only_gravity_tensors(decoder: Path, tmp_path: Path) -> Non
     assert run("status", out).exit_code == 0
 
 
-def test_calibration_and_measurement_see_different_tokens() -> None:
-    text = "".join(chr(32 + i % 90) + str(i) for i in range(2000))
-    first, second = token_windows(byte_tokenizer(), text, samples=3, length=16, seed=0)
-
-    def rows(batches: list[dict[str, torch.Tensor]]) -> set[tuple[int, ...]]:
-        return {tuple(row) for batch in batches for row in batch["input_ids"].tolist()}
-
-    assert len(rows(first)) == len(rows(second)) == 3
-    assert rows(first).isdisjoint(rows(second))
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"), [(None, None), ("3", (3,)), ("0,2-4", (0, 2, 3, 4)), (" 1 , 2 ", (1, 2))]
-)
-def test_layers_are_read(text: str | None, layers: tuple[int, ...] | None) -> None:
-    assert parse_layers(text) == layers
-
-
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "-1"])
-def test_unreadable_layers_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="--layers"):
-        parse_layers(text)
-
-
 @pytest.mark.parametrize("converted", [False, True], ids=["host", "gravity"])
 def test_byte_tokenizer_round_trips(converted: bool, decoder: Path, tmp_path: Path) -> None:
     """AutoTokenizer once took Qwen2's class for the host and read every text as nothing."""
@@ -169,3 +159,28 @@ def test_an_adapter_writes_with_its_base(decoder: Path, tmp_path: Path) -> None:
     written = run("generate", tmp_path / "adapter", "x = ", "--max-new-tokens", 3)
     assert written.exit_code == 0, written.output
     assert written.stdout.startswith("x = ")
+
+
+def test_convert_trains_when_it_is_asked_to(decoder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--transfer-steps", 2, "--lora-steps", 2, "--lora-rank", 2, "--no-control")
+    options += ("--max-kl", 0.5, "--batch-size", 2, "--text", TEXT)
+    result = run("convert", decoder, out, *SMALL, *options)
+    assert result.exit_code == 0, result.output
+    assert "Attention transfer: 2 steps" in result.output
+    assert "gravity, after LoRA" in result.output
+    results = json.loads((out / "results.json").read_text())
+    assert results["training"]["control"] is None
+    assert results["calibration"]["max_kl"] == 0.5
+    command = results["conditions"]["command"]
+    assert "--max-kl 0.5" in command and "--no-control" in command
+
+
+def test_the_command_in_the_results_repeats_the_conversion(decoder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--softness", 0.5, "--law", "power", "--layers", "1", "--skip", "card")
+    assert run("convert", decoder, out, *SMALL, *options).exit_code == 0
+    command = json.loads((out / "results.json").read_text())["conditions"]["command"]
+    again = run(*shlex.split(command)[1:])
+    assert again.exit_code == 0, again.output
+    assert again.output.count("finished before") == 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import transformers
 
 from ... import __version__
+from ...training.conditions import processor_name
 from ...training.corpus import Corpus
 from .heal import CALIBRATED, CONTROL, TITLES, Outcome
 from .reload import TOLERANCE
@@ -88,7 +88,7 @@ def run_conditions(
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": _processor(),
+        "device": processor_name(),
         "threads": torch.get_num_threads(),
         "dtype": "float32",
         "versions": {
@@ -115,13 +115,3 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "masses_after": outcome.masses_after,
         "heal_losses": outcome.losses,
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if "model name" in line]
-    except OSError:
-        names = []
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
