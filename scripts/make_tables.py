@@ -1,0 +1,229 @@
+"""Write README's tables of results from the result files, so that no number is typed by hand.
+
+    python scripts/make_tables.py            # rewrite the tables in README.md
+    python scripts/make_tables.py --check    # exit 1 if they are not what the files say
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "scripts" / "experiments" / "results"
+_TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+Rows = list[dict[str, Any]]
+
+
+def read_lines(name: str, folder: Path = RESULTS) -> Rows:
+    """The results in a file of JSON lines."""
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def mean_and_spread(values: Iterable[float], signed: bool = False) -> str:
+    """`mean ± standard deviation` over seeds; the mean alone where there is one seed."""
+    values = list(values)
+    mean = f"{statistics.fmean(values):{'+' if signed else ''}.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def markdown(headers: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose other columns are numbers."""
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [headers, rule, *rows]) + "\n"
+
+
+def by_seed(rows: Rows, arm: str, rate: float | None = None) -> dict[int, dict[str, Any]]:
+    """The runs of an arm by seed, of one learning rate if given."""
+    return {
+        row["run"]["seed"]: row
+        for row in rows
+        if row["run"]["arm"] == arm and rate in (None, row["run"].get("learning_rate"))
+    }
+
+
+def best_control(rows: Rows) -> tuple[float, dict[int, dict[str, Any]]]:
+    """The control at the learning rate that serves it best, which is what the rows are held to."""
+    rates = {row["run"]["learning_rate"] for row in rows if row["run"]["arm"] == "host"}
+    controls = {rate: by_seed(rows, "host", rate) for rate in rates}
+    best = min(
+        rates, key=lambda rate: statistics.fmean(r["healed"] for r in controls[rate].values())
+    )
+    return best, controls[best]
+
+
+def conversion_rows(rows: Rows, arms: dict[str, str]) -> list[list[str]]:
+    rate, control = best_control(rows)
+    host = f"dot product (the host, at its best of three learning rates, {rate:g})"
+    cells = [_conversion_row(host, control, control, {})]
+    for arm, title in arms.items():
+        runs = by_seed(rows, arm)
+        if runs:
+            first = next(iter(runs.values()))
+            cells.append(_conversion_row(title, runs, control, first["attention_converted"]))
+    return cells
+
+
+def _conversion_row(
+    title: str,
+    runs: dict[int, dict[str, Any]],
+    control: dict[int, dict[str, Any]],
+    attention: dict[str, Any],
+) -> list[str]:
+    seeds = sorted(set(runs) & set(control))
+    gaps = [runs[seed]["healed"] - control[seed]["healed"] for seed in seeds]
+    healed = [runs[seed].get("attention_healed") for seed in seeds]
+    contrast, softness = "–", "–"
+    if attention:
+        before = statistics.fmean(
+            runs[seed]["attention_converted"]["contrast_median"] for seed in seeds
+        )
+        after = statistics.fmean(h["contrast_median"] for h in healed)
+        contrast = f"{before:.2f} → {after:.2f}"
+        softness = f"{statistics.fmean(h['softness_median'] for h in healed):.2g}"
+    return [
+        title,
+        mean_and_spread(runs[seed]["raw"] for seed in seeds),
+        mean_and_spread(runs[seed]["healed"] for seed in seeds),
+        "–" if runs is control else mean_and_spread(gaps, signed=True),
+        softness,
+        contrast,
+        str(len(seeds)),
+    ]
+
+
+_CONVERSION_HEADERS = [
+    "attention",
+    "converted",
+    "healed",
+    "minus healed host",
+    "softness, healed",
+    "contrast",
+    "seeds",
+]
+
+
+def conversion() -> str:
+    rows = read_lines("conversion.jsonl")
+    arms = {
+        "published": "force, Gravity-2's constants",
+        "force euclidean f=1": "force, euclidean, f = 1",
+        "power euclidean f=1": "power, euclidean, f = 1",
+        "force lifted f=0": "force, lifted, f = 0",
+        "force lifted f=0.25": "force, lifted, f = 0.25",
+        "force lifted f=1": "force, lifted, f = 1",
+        "power lifted f=0": "power, lifted, f = 0",
+        "power lifted f=0.25": "power, lifted, f = 0.25",
+        "power lifted f=1": "power, lifted, f = 1",
+    }
+    return markdown(_CONVERSION_HEADERS, conversion_rows(rows, arms)) + _conditions(rows)
+
+
+def granularity() -> str:
+    rows = read_lines("conversion.jsonl")
+    names = {"": "query head", " kv_head": "KV head", " layer": "layer"}
+    recipes = {
+        "published": "force, Gravity-2's constants",
+        "force lifted f=0": "force, lifted, f = 0",
+        "force lifted f=1": "force, lifted, f = 1",
+    }
+    arms = {
+        recipe + suffix: f"{title}, one mass per {name}"
+        for recipe, title in recipes.items()
+        for suffix, name in names.items()
+    }
+    return markdown(_CONVERSION_HEADERS, conversion_rows(rows, arms)[1:]) + _conditions(rows)
+
+
+def from_scratch() -> str:
+    headers = ["trained from scratch", "softmax(q.k)", "force", "power", "power minus softmax"]
+    table = []
+    stages = {
+        "bytes": ("loss", "Qwen2 shape, 9.5 M, bytes of the standard library, 1000 steps"),
+        "shakespeare": ("best_loss", "GPT-2 shape, 10.8 M, TinyShakespeare characters, 5000 steps"),
+    }
+    for stage, (measure, title) in stages.items():
+        rows = read_lines(f"from_scratch_{stage}.jsonl")
+        arms = {arm: by_seed(rows, arm) for arm in ("softmax", "force", "power")}
+        seeds = sorted(set.intersection(*(set(runs) for runs in arms.values())))
+        cells = [mean_and_spread(runs[s][measure] for s in seeds) for runs in arms.values()]
+        gaps = [arms["power"][s][measure] - arms["softmax"][s][measure] for s in seeds]
+        label = f"{title}, {len(seeds)} seeds"
+        table.append([label, *cells, mean_and_spread(gaps, signed=True)])
+    return markdown(headers, table) + _conditions(rows)
+
+
+def encoder() -> str:
+    result = json.loads((RESULTS / "calibration_stages_minilm.json").read_text(encoding="utf-8"))
+    headers = ["all-MiniLM-L6-v2, no training", "softness", "contrast", "KL, nats", "mean cosine"]
+    table = [
+        [
+            row["name"],
+            f"{row['softness_median']:.2g}",
+            f"{row['held_out_contrast_median']:.2f}",
+            f"{row['held_out_kl_mean']:.4f}",
+            f"{row['cosine_mean']:.4f}",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(headers, table) + _conditions([result])
+
+
+def _conditions(rows: Rows) -> str:
+    known = rows[-1]["conditions"]
+    versions = known["versions"]
+    return (
+        f"\n{known['device']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, {known['date'][:10]}.\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "conversion": conversion,
+    "granularity": granularity,
+    "from-scratch": from_scratch,
+    "encoder": encoder,
+}
+
+
+def with_tables(text: str) -> str:
+    """`text` with every marked table replaced by what the result files say."""
+
+    def replaced(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"README.md: expected a table of {list(TABLES)}, got {match[2]!r}")
+        return f"{match[1]}{TABLES[match[2]]()}{match[4]}"
+
+    return _TABLE.sub(replaced, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    options = parser.parse_args()
+    file = ROOT / "README.md"
+    text = file.read_text(encoding="utf-8")
+    made = with_tables(text)
+    if options.check:
+        sys.exit(
+            0 if made == text else "README.md: tables are stale: python scripts/make_tables.py"
+        )
+    if made != text:
+        unfinished = file.with_name(".README.md.tmp")
+        unfinished.write_text(made, encoding="utf-8")
+        unfinished.replace(file)
+
+
+if __name__ == "__main__":
+    main()
