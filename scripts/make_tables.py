@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from gravity_hf.training.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "experiments" / "results"
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
@@ -220,9 +222,7 @@ def main() -> None:
             0 if made == text else "README.md: tables are stale: python scripts/make_tables.py"
         )
     if made != text:
-        unfinished = file.with_name(".README.md.tmp")
-        unfinished.write_text(made, encoding="utf-8")
-        unfinished.replace(file)
+        write_text(file, made)
 
 
 if __name__ == "__main__":

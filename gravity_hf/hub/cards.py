@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
+from ..training.files import write_text
 from .card_tables import measured
 from .card_text import conditions, constants, contrast, law_text, limits, loading, recipe
 
@@ -21,9 +22,7 @@ _TEMPLATE = "template.md"
 def write_card(results_file: Path, target: Path) -> None:
     """Write the card of the conversion that `results_file` describes: whole, or not at all."""
     text = str(model_card(json.loads(results_file.read_text(encoding="utf-8")), target.parent.name))
-    unfinished = target.with_name(f".{target.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(target)
+    write_text(target, text)
 
 
 def model_card(results: dict[str, Any], name: str) -> ModelCard:

@@ -286,14 +286,16 @@ def _state_softness(model: nn.Module, softness: float) -> None:
     settings = settings_of(base)
     if settings is None:
         return
-    block = replace(settings, softness=softness).to_dict()
+    # A budget that the calibration kept says nothing of what training made of it.
+    stated = {"softness": softness, "max_kl": None}
+    block = replace(settings, **stated).to_dict()
     base.config.gravity = block
     for adapter in getattr(model, "peft_config", {}).values():
         if getattr(adapter, "gravity", None) is not None:
             adapter.gravity = dict(block)
     for module in base.modules():
         if isinstance(module, GravityParameters):
-            module.config = replace(module.config, softness=softness)
+            module.config = replace(module.config, **stated)
 
 
 def _base(model: nn.Module) -> Any:

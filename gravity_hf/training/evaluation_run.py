@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +19,7 @@ from .evaluation import (
     model_conditions,
     require_fitting_ids,
 )
+from .files import write_json
 from .measures import embedding_likeness, pooled_embeddings
 from .text import prose_paragraphs, read_texts
 
@@ -147,20 +145,6 @@ def run_evaluation(arguments: EvaluationArguments) -> EvaluationRun:
     if arguments.out:
         write_json(Path(arguments.out), run.to_dict())
     return run
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Written whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent, text=True)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as output:
-            output.write(json.dumps(content, indent=2) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _measured(

@@ -15,6 +15,7 @@ from ..config import GravityConfig
 from ..integration.calibration import calibrate, measure_attention
 from ..integration.patching import patch_with_gravity
 from .conditions import run_conditions
+from .files import write_json
 from .optim import GravityTrainer
 from .recipe import checkpoints_of, train_resumably
 from .streams import ConsecutiveWindows, RandomWindows, TokenStream, collate
@@ -183,7 +184,7 @@ class _WindowTrainer(GravityTrainer):
 
 def write_record(record: dict[str, Any], folder: str | Path) -> Path:
     """Write `pretrain.json` into `folder`, whole or not at all."""
-    return _write_json(record, Path(folder, RESULT_FILE))
+    return write_json(Path(folder, RESULT_FILE), record)
 
 
 def _claim_folder(
@@ -207,15 +208,7 @@ def _claim_folder(
                 "folder, or delete them"
             )
     elif training.process_index == 0:
-        _write_json(settings, file)
-
-
-def _write_json(content: dict[str, Any], file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(file)
-    return file
+        write_json(file, settings)
 
 
 def _record(

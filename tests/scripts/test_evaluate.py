@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Qwen
 
 from gravity_hf import calibrate, gravity_lora, patch_with_gravity
 from gravity_hf.cli.demo.host import new_host
-from gravity_hf.training.evaluation_run import write_json
+from gravity_hf.training.files import write_json
 from gravity_hf.training.tokenizers import byte_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"

@@ -7,10 +7,10 @@ from typing import Any
 
 from ...integration.calibration import calibrate as calibrate_model
 from ...integration.patching import gravity_status, patch_with_gravity
+from ...training.files import write_text
 from ...training.packing import require_packable
 from ..status import CALIBRATION_FILE
 from ..steps.states import restore_gravity_state, save_gravity_state
-from ..steps.work import write_text
 from .context import Context
 
 CALIBRATION_TABLE = "calibration.txt"

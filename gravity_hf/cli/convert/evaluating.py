@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ...integration.calibration import measure_attention
+from ...training.files import write_json
 from ...training.measures import embedding_likeness, pooled_embeddings
 from ...training.samples import generation_samples
 from ...training.strided import strided_loss
 from ..console import progress_bar
 from ..steps.batches import held_out_loss, measured_tokens
-from ..steps.work import read_record, write_json
+from ..steps.work import read_record
 from .context import Context
 
 # Key of each row and what it is, in the order of the table.

@@ -8,9 +8,10 @@ from typing import Any
 
 from ...hub.cards import write_card
 from ...training.conditions import run_conditions
+from ...training.files import write_json
 from ..status import CALIBRATION_FILE
 from ..steps.output import new_contents, publish
-from ..steps.work import read_record, write_json
+from ..steps.work import read_record
 from .context import Context
 from .early import CALIBRATION_TABLE
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from ...training.corpus import Corpus, even_windows, load_corpus
+from ...training.files import write_text
 from ...training.text import disjoint_samples, prose_paragraphs, read_texts
 from ...training.tokenizers import byte_tokenizer
 from ..console import progress_bar, quiet_libraries
@@ -151,9 +152,7 @@ def _write(out: Path, results: DemoResults) -> None:
         "report.html": report_html(results),
     }
     for name, content in files.items():
-        unfinished = out / f".{name}.tmp"
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(out / name)
+        write_text(out / name, content)
 
 
 @contextmanager

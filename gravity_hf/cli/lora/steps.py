@@ -10,6 +10,7 @@ from ...integration.calibration import calibrate
 from ...integration.patching import gravity_status, patch_with_gravity
 from ...training.conditions import run_conditions
 from ...training.distributed import save_whole
+from ...training.files import write_json, write_text
 from ...training.lora import gravity_lora
 from ...training.optim import GravityTrainer
 from ..status import CALIBRATION_FILE
@@ -17,7 +18,6 @@ from ..steps.batches import batches_of, held_out_loss
 from ..steps.output import new_contents, publish
 from ..steps.states import save_gravity_state
 from ..steps.train import train_with_bar, training_arguments
-from ..steps.work import write_json, write_text
 from .context import LoraContext
 
 RESULTS_FILE = "results.json"

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...config import GravityConfig
 from ...integration.hosts import gravity_modules, settings_of
 from ...integration.patching import patch_structure
-from .work import write_json
+from ...training.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...training.files import write_json
+
 RECORD = "step.json"
 _STARTED = "started.json"
 
@@ -141,17 +143,6 @@ def read_record(folder: Path, name: str = RECORD) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Under another name first: the file is whole, or not there."""
-    write_text(file, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(file: Path, content: str) -> None:
-    unfinished = file.with_name(f".{file.name}.tmp")
-    unfinished.write_text(content, encoding="utf-8")
-    unfinished.replace(file)
 
 
 def _hash(content: Any) -> str:
