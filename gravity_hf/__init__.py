@@ -11,6 +11,9 @@ _EXPORTS = {
     "CalibrationReport": ".integration.calibration_report",
     "GravityConfig": ".config",
     "GravityTrainer": ".training.optim",
+    "SofteningAnnealing": ".training.annealing",
+    "TransferSettings": ".training.transfer",
+    "TransferTrainer": ".training.transfer",
     "calibrate": ".integration.calibration",
     "gravity_attention": ".ops.api",
     "gravity_lora": ".training.lora",
@@ -19,6 +22,7 @@ _EXPORTS = {
     "load_gravity_adapter": ".integration.adapters",
     "load_gravity_mass_log": ".integration.loading",
     "load_gravity_model": ".integration.loading",
+    "measure_attention": ".integration.calibration",
     "patch_with_gravity": ".integration.patching",
     "unpatch_gravity": ".integration.patching",
 }

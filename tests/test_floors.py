@@ -46,6 +46,9 @@ PUBLIC_NAMES = [
     "CalibrationReport",
     "GravityConfig",
     "GravityTrainer",
+    "SofteningAnnealing",
+    "TransferSettings",
+    "TransferTrainer",
     "calibrate",
     "gravity_attention",
     "gravity_lora",
@@ -54,6 +57,7 @@ PUBLIC_NAMES = [
     "load_gravity_adapter",
     "load_gravity_mass_log",
     "load_gravity_model",
+    "measure_attention",
     "patch_with_gravity",
     "unpatch_gravity",
 ]

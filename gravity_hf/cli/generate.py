@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .console import make_console, quiet_libraries
 from .hosts import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ADAPTER = "adapter_config.json"
 
@@ -37,6 +34,7 @@ def generate(
         gravity-hf generate out "Gravity is" --max-new-tokens 50 --temperature 0
     """
     from ..integration.loading import load_gravity_model
+    from ..training.samples import generation_samples
 
     require_model_folder(directory)
     quiet_libraries()
@@ -47,35 +45,9 @@ def generate(
             "An encoder gives embeddings: load it with gravity_hf.load_gravity_model"
         )
     tokenizer = load_tokenizer(_tokenizer_home(directory))
-    text = continuation(model, tokenizer, prompt, max_new_tokens, temperature, seed)
-    make_console().print(prompt + text, markup=False)
-
-
-def continuation(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> str:
-    """What `model` writes after `prompt`. Temperature 0 is greedy."""
-    import torch
-
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    start = inputs["input_ids"].shape[1]
-    if start == 0:
-        raise ValueError("generate: expected a prompt of at least one token, got an empty one")
-    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
-    output = model.eval().generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        **how,
-    )
-    return tokenizer.decode(output[0, start:], skip_special_tokens=True)
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    (sample,) = generation_samples(model, tokenizer, [prompt], **how)
+    make_console().print(sample["prompt"] + sample["text"], markup=False)
 
 
 def require_model_folder(directory: Path) -> None:

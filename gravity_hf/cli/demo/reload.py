@@ -68,8 +68,8 @@ def _answer(request: Path) -> None:
     from transformers import AutoTokenizer
 
     from ...integration.loading import load_gravity_model
+    from ...training.samples import generation_samples
     from ..console import quiet_libraries
-    from ..generate import continuation
 
     wanted = json.loads(request.read_text(encoding="utf-8"))
     quiet_libraries()
@@ -79,17 +79,17 @@ def _answer(request: Path) -> None:
     saved = load_file(wanted["expected"])
     with torch.no_grad():
         logits = model(input_ids=saved["ids"], use_cache=False).logits
-    written = continuation(
+    (written,) = generation_samples(
         model,
         tokenizer,
-        wanted["prompt"],
-        wanted["length"],
+        [wanted["prompt"]],
+        max_new_tokens=wanted["length"],
         temperature=_TEMPERATURE,
         seed=wanted["seed"],
     )
     answer = {
         "prompt": wanted["prompt"],
-        "sample": written,
+        "sample": written["text"],
         "logits_difference": (logits - saved["logits"]).abs().max().item(),
         "identical": torch.equal(logits, saved["logits"]),
         "process": os.getpid(),
