@@ -131,19 +131,30 @@ def conversion() -> str:
 
 
 def granularity() -> str:
-    rows = read_lines("conversion.jsonl")
+    large, small = read_lines("conversion.jsonl"), read_lines("conversion_small.jsonl")
     names = {"": "query head", " kv_head": "KV head", " layer": "layer"}
     recipes = {
         "published": "force, Gravity-2's constants",
         "force lifted f=0": "force, lifted, f = 0",
         "force lifted f=1": "force, lifted, f = 1",
+        "published power": "power, Gravity-2's constants",
+        "power lifted f=0": "power, lifted, f = 0",
+        "power lifted f=1": "power, lifted, f = 1",
     }
-    arms = {
-        recipe + suffix: f"{title}, one mass per {name}"
-        for recipe, title in recipes.items()
-        for suffix, name in names.items()
-    }
-    return markdown(_CONVERSION_HEADERS, conversion_rows(rows, arms)[1:]) + _conditions(rows)
+    headers = ["healed, minus the healed host"]
+    headers += [f"{size}, per {name}" for size in ("9.5 M", "1 M") for name in names.values()]
+    table = []
+    for recipe, title in recipes.items():
+        cells = [_gap(rows, recipe + suffix) for rows in (large, small) for suffix in names]
+        table.append([title, *cells])
+    return markdown(headers, table) + _conditions(large) + _conditions(small)
+
+
+def _gap(rows: Rows, arm: str) -> str:
+    _, control = best_control(rows)
+    runs = by_seed(rows, arm)
+    gaps = [runs[seed]["healed"] - control[seed]["healed"] for seed in sorted(runs)]
+    return mean_and_spread(gaps, signed=True) if gaps else "–"
 
 
 def from_scratch() -> str:
@@ -180,6 +191,36 @@ def encoder() -> str:
     return markdown(headers, table) + _conditions([result])
 
 
+def transfer() -> str:
+    """Attention transfer on the encoder: every stage, over the seeds."""
+    files = sorted(RESULTS.glob("minilm_transfer_*.json"))
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    headers = ["all-MiniLM-L6-v2", "stage", "mean cosine", "softness", "contrast", "seeds"]
+    table = []
+    for constants, law in sorted(
+        {(r["options"]["constants"], r["options"]["law"]) for r in results}
+    ):
+        runs = [
+            r
+            for r in results
+            if (r["options"]["constants"], r["options"]["law"]) == (constants, law)
+        ]
+        for stages in zip(*(run["rows"] for run in runs), strict=True):
+            softness = statistics.fmean(row["softness_median"] for row in stages)
+            contrast = statistics.fmean(row["contrast_median"] for row in stages)
+            table.append(
+                [
+                    f"{law}, {'f = 1' if constants == 'calibrated' else 'Gravity-2'}",
+                    stages[0]["stage"],
+                    mean_and_spread(row["cosine_mean"] for row in stages),
+                    f"{softness:.2g}",
+                    f"{contrast:.2f}",
+                    str(len(runs)),
+                ]
+            )
+    return markdown(headers, table) + _conditions(results)
+
+
 def _conditions(rows: Rows) -> str:
     known = rows[-1]["conditions"]
     versions = known["versions"]
@@ -194,6 +235,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "granularity": granularity,
     "from-scratch": from_scratch,
     "encoder": encoder,
+    "transfer": transfer,
 }
 
 

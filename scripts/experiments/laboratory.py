@@ -43,7 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 2,
             "tie_word_embeddings": True,
         },
-        "rows": 8,
+        "rows": 4,
         "host_steps": 1000,
         "host_rate": 3e-3,
         "heal_steps": 60,

@@ -59,8 +59,9 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, default=128, help="where paragraphs to learn from are cut")
     add("--mass-paragraphs", type=int, default=200, help="of the stage that trains masses alone")
     add("--mass-rate", type=float, default=1e-2, help="its learning rate, times 30 for gravity")
-    add("--lora-rank", type=int, default=8, help="0 leaves the LoRA stage out")
-    add("--lora-rate", type=float, default=2e-3, help="learning rate of the LoRA stage")
+    add("--lora-rank", type=int, default=16, help="0 leaves the LoRA stage out")
+    add("--lora-on", choices=("attention", "all-linear"), default="all-linear", help="its layers")
+    add("--lora-rate", type=float, default=1.5e-3, help="learning rate of the LoRA stage")
     add("--epochs", type=float, default=1.0, help="of the LoRA stage")
     add("--batch-size", type=int, default=4)
     add("--seed", type=int, default=0, help="of paragraphs' order, LoRA and batches")
@@ -106,7 +107,12 @@ def main() -> None:
 
     if options.lora_rank:
         started = time.perf_counter()
-        model = gravity_lora(model, r=options.lora_rank, alpha=2 * options.lora_rank)
+        model = gravity_lora(
+            model,
+            r=options.lora_rank,
+            alpha=2 * options.lora_rank,
+            target_modules=None if options.lora_on == "attention" else options.lora_on,
+        )
         if not options.learn_softenings:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad &= "softening_log" not in name

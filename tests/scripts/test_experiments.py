@@ -71,6 +71,7 @@ def test_committed_results_are_runs_of_these_plans():
 
     known = {run["id"] for run in conversion.plan([0, 1, 2]) + mass_granularity.plan([0, 1, 2])}
     assert _ids("conversion.jsonl") <= known
+    assert _ids("conversion_small.jsonl") <= known
     for stage in ("tune", "bytes", "shakespeare"):
         known = {run["id"] for run in from_scratch.plan(stage, [0, 1, 2, 3, 4])}
         assert _ids(f"from_scratch_{stage}.jsonl") <= known
