@@ -131,6 +131,30 @@ def conversion() -> str:
     return markdown(_CONVERSION_HEADERS, conversion_rows(rows, arms)) + _conditions(rows)
 
 
+def recipes() -> str:
+    """What fits, budgets, a teacher and more softness add, on the small host."""
+    rows = read_lines("conversion_small.jsonl")
+    arms = {
+        "force euclidean f=1": "force, euclidean, f = 1",
+        "force euclidean fitted": "force, euclidean, fitted",
+        "power euclidean f=1": "power, euclidean, f = 1",
+        "power euclidean fitted": "power, euclidean, fitted",
+        "force lifted f=0.25": "force, lifted, f = 0.25",
+        "force lifted f=0.25 fitted": "..., fitted",
+        "force lifted f=0.25 distilled": "..., healed with the host's logits",
+        "force lifted f=0.25 matched": "..., healed with the host's attention outputs",
+        "force lifted KL<=0.01": "force, lifted, KL at most 0.01",
+        "force lifted f=1": "force, lifted, f = 1",
+        "force lifted f=4": "force, lifted, f = 4",
+        "power lifted f=0.25": "power, lifted, f = 0.25",
+        "power lifted f=0.25 fitted": "..., fitted",
+        "power lifted KL<=0.01": "power, lifted, KL at most 0.01",
+        "power lifted f=1": "power, lifted, f = 1",
+        "power lifted f=4": "power, lifted, f = 4",
+    }
+    return markdown(_CONVERSION_HEADERS, conversion_rows(rows, arms)) + _conditions(rows)
+
+
 def granularity() -> str:
     large, small = read_lines("conversion.jsonl"), read_lines("conversion_small.jsonl")
     names = {"": "query head", " kv_head": "KV head", " layer": "layer"}
@@ -264,6 +288,7 @@ def _conditions(rows: Rows) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "conversion": conversion,
+    "recipes": recipes,
     "granularity": granularity,
     "from-scratch": from_scratch,
     "encoder": encoder,
