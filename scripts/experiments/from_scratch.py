@@ -41,7 +41,7 @@ NANOGPT = {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 256}
 NANOGPT_DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
 
 SOFTMAX = {"attention": "dot_product"}
-FORCE = {"attention": "gravity", "law": "force", "gravity_scale": 100.0}
+FORCE = {"attention": "gravity", "law": "force", "gravity_scale": 100.0, "softness": 1.0}
 POWER = {**FORCE, "law": "power", "softness": 0.25}
 ARMS = {"softmax": SOFTMAX, "force": FORCE, "power": POWER}
 

@@ -77,8 +77,28 @@ def test_committed_results_are_runs_of_these_plans():
         assert _ids(f"from_scratch_{stage}.jsonl") <= known
 
 
+def test_committed_results_ran_with_the_settings_that_their_plan_has_now():
+    """A default that is changed later must not give an old number another meaning."""
+    import from_scratch
+
+    for stage in ("tune", "bytes", "shakespeare"):
+        plan = {run["id"]: run for run in from_scratch.plan(stage, [0, 1, 2, 3, 4])}
+        for result in _results(f"from_scratch_{stage}.jsonl"):
+            run = plan[result["id"]]
+            arm, shape = run["arm"], run["shape"]
+            wanted = {**from_scratch.ARMS[arm], **run["changes"]}
+            usual = shape.get("learning_rate", from_scratch.LEARNING_RATE[arm])
+            assert result["training"]["learning_rate"] == wanted.pop("learning_rate", usual)
+            assert result["training"]["max_steps"] == shape["steps"]
+            assert wanted.items() <= result["arguments"].items(), result["id"]
+
+
 def _ids(name):
+    return {result["id"] for result in _results(name)}
+
+
+def _results(name):
     lines = (EXPERIMENTS / "results" / name).read_text(encoding="utf-8").splitlines()
     results = [json.loads(line) for line in lines]
     assert all("conditions" in result for result in results)
-    return {result["id"] for result in results}
+    return results
