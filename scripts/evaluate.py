@@ -1,42 +1,44 @@
 """Measure a model: loss with a stride, samples, contrast and KL of its attention. JSON and a table.
 
-    python scripts/evaluate.py --model out --against Qwen/Qwen2.5-0.5B --out evaluation.json
-    python scripts/evaluate.py evaluation.yaml
-
-The second form reads the same names from a YAML or JSON file.
+python scripts/evaluate.py --model out --against Qwen/Qwen2.5-0.5B --out evaluation.json
+python scripts/evaluate.py evaluation.yaml
+python scripts/evaluate.py evaluation.yaml --stride 256      flags win over the file
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from pathlib import Path
 
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from gravity_hf.training.evaluation_run import EvaluationArguments, run_evaluation  # noqa: E402
+from gravity_hf.cli.console import make_console
+from gravity_hf.cli.main import EXIT_EXPECTED, EXPECTED_ERRORS
+from gravity_hf.cli.steps.parsing import parse_settings
+from gravity_hf.training.evaluation_run import EvaluationArguments, run_evaluation
 
 
 def parse(arguments: list[str]) -> EvaluationArguments:
-    parser = HfArgumentParser(EvaluationArguments, description=__doc__)
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml", ".json")):
-        (settings,) = parser.parse_yaml_file(arguments[0])
-        return settings
-    (settings,) = parser.parse_args_into_dataclasses(arguments)
+    (settings,) = parse_settings(
+        (EvaluationArguments,),
+        arguments,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     return settings
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
+    """Measure one model; expected errors end in one line and exit code 2."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        run = run_evaluation(parse(sys.argv[1:]))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")
+        run = run_evaluation(parse(arguments))
+    except EXPECTED_ERRORS as error:
+        make_console(stderr=True).print(f"error: {' '.join(str(error).split())}", markup=False)
+        raise SystemExit(EXIT_EXPECTED) from error
     print(run.table())
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -106,7 +106,7 @@ def start_under_gravity(
     """Patch a new model and set its masses and softenings from its own queries and keys.
 
     At random weights as in a trained model the closed form gives every head the temperature of the
-    dot product that it replaces; without it, heads start uniform and stay so for long.
+    dot product that it replaces; Gravity-2's constants would start the heads near uniform.
     """
     settings = GravityConfig(
         law=arguments.law, mass_per=arguments.mass_per, implementation=arguments.implementation

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pool import run_all
+from pool import run_all, training_arguments
 
 HERE = Path(__file__).resolve().parent
 
@@ -78,13 +78,12 @@ def device() -> str:
 
 def train_host(run: dict[str, Any]) -> dict[str, Any]:
     """Train the host of a seed into its folder; its record."""
-    from transformers import TrainingArguments
     from transformers.utils import logging
 
     from gravity_hf.training.pretraining import PretrainArguments, pretrain
 
     logging.set_verbosity_error()
-    cuda, size = device() == "cuda", SIZES[run["size"]]
+    size = SIZES[run["size"]]
     steps = max(1, round(size["host_steps"] * run["scale"]))
     arguments = PretrainArguments(
         attention="dot_product",
@@ -92,26 +91,13 @@ def train_host(run: dict[str, Any]) -> dict[str, Any]:
         validation_windows=max(1, round(size["validation_windows"] * run["scale"])),
     )
     with tempfile.TemporaryDirectory() as folder:
-        training = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
+        training = training_arguments(
+            folder,
+            steps,
+            size["host_rate"],
+            run["seed"],
             per_device_train_batch_size=size["rows"],
-            per_device_eval_batch_size=64,
-            learning_rate=size["host_rate"],
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.1},
-            warmup_steps=min(100, steps // 10),
-            weight_decay=0.1,
-            adam_beta2=0.95,
-            save_strategy="no",
             logging_steps=100,
-            logging_nan_inf_filter=False,
-            report_to="none",
-            disable_tqdm=True,
-            bf16=cuda,
-            torch_compile=cuda,
-            use_cpu=not cuda,
-            seed=run["seed"],
         )
         result = pretrain(arguments, training, stream())
     result.model.save_pretrained(run["folder"])
@@ -182,43 +168,28 @@ def work(run: dict[str, Any]) -> dict[str, Any]:
 
 def heal(model: Any, run: dict[str, Any]) -> tuple[Any, dict[int, float]]:
     """The same LoRA budget for every row, control included; distilled where `run` says so."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import TrainingArguments
-
     from gravity_hf import GravityTrainer, gravity_lora
-    from gravity_hf.training.lora import attention_projections
+    from gravity_hf.training.lora import host_lora
     from gravity_hf.training.streams import RandomWindows, collate
 
-    cuda, size = device() == "cuda", SIZES[run["size"]]
+    size = SIZES[run["size"]]
     if run["how"]["constants"] == "host":
-        config = LoraConfig(
-            r=RANK,
-            lora_alpha=ALPHA,
-            target_modules=attention_projections(model),
-            task_type="CAUSAL_LM",
-        )
-        adapted = get_peft_model(model, config)
+        adapted = host_lora(model, r=RANK, alpha=ALPHA)
     else:
         adapted = gravity_lora(model, r=RANK, alpha=ALPHA)
     steps = max(1, round(size["heal_steps"] * run["scale"]))
     with tempfile.TemporaryDirectory() as folder:
-        training = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
+        training = training_arguments(
+            folder,
+            steps,
+            run["learning_rate"],
+            run["seed"],
             per_device_train_batch_size=size["rows"],
-            learning_rate=run["learning_rate"],
-            lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.05},
             warmup_steps=max(1, steps // 20),
-            adam_beta2=0.95,
-            save_strategy="no",
+            weight_decay=0.0,
+            torch_compile=False,
             logging_steps=25,
-            logging_nan_inf_filter=False,
-            report_to="none",
-            disable_tqdm=True,
-            bf16=cuda,
-            use_cpu=not cuda,
-            seed=run["seed"],
         )
         rows = steps * training.train_batch_size
         options: dict[str, Any] = {

@@ -61,6 +61,35 @@ def read_results(results: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def training_arguments(
+    folder: str, steps: int, learning_rate: float, seed: int, **others: Any
+) -> Any:
+    """What the runs share: AdamW, warmup, cosine to a tenth, no checkpoints, nothing on the screen;
+    on a GPU bfloat16 and compiled. `others` win."""
+    import torch
+    from transformers import TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    values: dict[str, Any] = {
+        "per_device_eval_batch_size": 64,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": min(100, steps // 10),
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": cuda,
+        "torch_compile": cuda,
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": cuda,
+    }
+    values |= {"max_steps": steps, "learning_rate": learning_rate, "seed": seed}
+    return TrainingArguments(folder, **{**values, **others})
+
+
 def _do(
     todo: list[Run],
     work: Callable[[Run], dict[str, Any]],

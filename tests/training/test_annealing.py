@@ -194,6 +194,15 @@ def test_checkpoints_and_saved_models_state_the_softness_in_force(tmp_path):
     assert {m.config.softness for m in gravity_modules(model).values()} == {0.5}
 
 
+def test_a_kl_budget_is_no_longer_claimed_once_the_softness_was_lowered(tmp_path):
+    model = patch_with_gravity(tiny_host("qwen2"))
+    calibrate(model, [tiny_inputs("qwen2")], max_kl=1e-3)
+    assert settings_of(model).max_kl == 1e-3 and settings_of(model).softness > 0
+    train(model, SofteningAnnealing(2, 0.5, tolerance=9.0), tmp_path)
+    assert settings_of(model).max_kl is None
+    assert {m.config.max_kl for m in gravity_modules(model).values()} == {None}
+
+
 def test_under_lora_the_adapter_states_the_softness_and_its_own_masses_move(tmp_path):
     model = gravity_lora(calibrated()[0], r=2)
     start = softenings(model)

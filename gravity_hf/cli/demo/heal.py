@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from ...integration.calibration import calibrate
 from ...integration.calibration_report import CalibrationReport
 from ...integration.patching import patch_with_gravity
 from ...training.corpus import Corpus, even_windows, random_windows
-from ...training.lora import attention_projections, gravity_lora
+from ...training.lora import gravity_lora, host_lora
 from ...training.measures import mean_loss
 from ...training.optim import gravity_param_groups
 from ...viz.masses import masses_by_layer
@@ -105,7 +104,7 @@ class Laboratory:
         settings = self.settings
         torch.manual_seed(settings.seed)
         adapted = (
-            self._control_lora(model)
+            host_lora(model, r=settings.rank, alpha=settings.alpha)
             if key == CONTROL
             else gravity_lora(model, r=settings.rank, alpha=settings.alpha)
         )
@@ -124,16 +123,6 @@ class Laboratory:
                 losses.append(train_step(adapted, ids, optimizer, schedule))
                 advance(f"loss {recent(losses, 10):.3f}")
         return adapted.merge_and_unload().eval(), losses
-
-    def _control_lora(self, model: nn.Module) -> PeftModel:
-        settings = self.settings
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            target_modules=attention_projections(model),
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, config)
 
 
 def _keep(model: nn.Module, laboratory: Laboratory) -> None:

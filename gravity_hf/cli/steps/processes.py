@@ -6,10 +6,9 @@ from datetime import timedelta
 
 from accelerate import PartialState
 
-# The others wait so long for a step that only the main process runs, in seconds.
-_WAIT_S = 24 * 3600
+from ...training.recipe import WAIT_S
 
 
 def join_processes(use_cpu: bool) -> PartialState:
     """This process among those that the launcher started."""
-    return PartialState(cpu=use_cpu, timeout=timedelta(seconds=_WAIT_S))
+    return PartialState(cpu=use_cpu, timeout=timedelta(seconds=WAIT_S))
