@@ -1,8 +1,10 @@
 """Measure a model: loss with a stride, samples, contrast and KL of its attention. JSON and a table.
 
-python scripts/evaluate.py --model out --against Qwen/Qwen2.5-0.5B --out evaluation.json
-python scripts/evaluate.py evaluation.yaml
-python scripts/evaluate.py evaluation.yaml --stride 256      flags win over the file
+    python scripts/evaluate.py --model out --against Qwen/Qwen2.5-0.5B --out evaluation.json
+    python scripts/evaluate.py evaluation.yaml
+    python scripts/evaluate.py evaluation.yaml --stride 256      flags win over the file
+
+Without --out only the table is printed. The same as a verb: gravity-hf evaluate MODEL.
 """
 
 from __future__ import annotations
