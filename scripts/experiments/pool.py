@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 Run = dict[str, Any]
@@ -33,7 +34,7 @@ def run_all(
         runs: what to do, each with a unique `id`.
         work: does one; imported by name in the workers, so it must live in a module.
         results: JSON lines; appended to by this process alone.
-        workers: processes in all, dealt out over the GPUs.
+        workers: processes in all, dealt out over the GPUs; 0 works in this process.
         gpus: how many GPUs; 0 runs on the CPU.
         minutes: no run is started later than this.
     """
@@ -99,7 +100,7 @@ def _do(
     deadline: float,
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    queue, answers = context.Queue(), context.Queue()
+    queue, answers = (context.Queue(), context.Queue()) if workers else (Queue(), Queue())
     for run in todo:
         queue.put(run)
     for _ in range(workers):
@@ -110,10 +111,20 @@ def _do(
     ]
     for process in processes:
         process.start()
-    working, started = workers, time.time()
+    if not workers:
+        queue.put(None)
+        _serve(None, gpus, work, queue, answers, deadline)
+    working, started = max(workers, 1), time.time()
     with results.open("a", encoding="utf-8") as file:
         while working:
-            answer = answers.get()
+            try:
+                answer = answers.get(timeout=10)
+            except Empty:
+                if not any(process.is_alive() for process in processes):
+                    raise RuntimeError(
+                        "pool: expected an answer, got none: the workers died. Try --workers 1"
+                    ) from None
+                continue
             if answer is None:
                 working -= 1
                 continue
@@ -128,15 +139,16 @@ def _do(
 
 
 def _serve(
-    number: int,
+    number: int | None,
     gpus: int,
     work: Callable[[Run], dict[str, Any]],
     queue: Any,
     answers: Any,
     deadline: float,
 ) -> None:
-    # Read when CUDA starts, which is later than this.
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus) if gpus else ""
+    if number is not None:
+        # Read when CUDA starts, which is later than this.
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus) if gpus else ""
     while (run := queue.get()) is not None and time.time() < deadline:
         try:
             answers.put({"id": run["id"], "run": run, **work(run)})

@@ -28,7 +28,7 @@ def work(run):
 def do(runs, file):
     from pool import run_all
 
-    return run_all(runs, work, file, workers=1, gpus=0, minutes=1)
+    return run_all(runs, work, file, workers=0, gpus=0, minutes=1)
 
 
 def test_a_list_that_was_cut_short_goes_on_where_it_stopped(tmp_path, capfd):
