@@ -9,7 +9,7 @@ from typing import Any
 LAWS = ("force", "power")
 DISTANCES = ("euclidean", "lifted")
 MASS_GRANULARITIES = ("query_head", "kv_head", "layer")
-IMPLEMENTATIONS = ("auto", "reference", "chunked", "flex")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "flex", "triton")
 
 # Below this a float32 distance is rounding noise for vectors of ordinary size: see ops/README.md.
 EPSILON_FLOOR = 1e-6
@@ -32,8 +32,8 @@ class GravityConfig:
         learn_softening: every query head has a trainable softening `softplus(softening_log)`.
         layers: indices of the attention modules to convert, in the order in which the model lists
             them; `None` converts all. The others keep dot-product attention.
-        implementation: how the operator is computed: `"auto"`, `"reference"`, `"chunked"`,
-            `"flex"`.
+        implementation: how the operator is computed: `"auto"` chooses by device; `"reference"` and
+            `"chunked"` run everywhere, `"flex"` and `"triton"` refuse what they cannot serve.
         softness: the softness that `calibrate` used, the largest of any head where it chose one for
             each; `None` if the model was not calibrated.
         max_kl: the budget that `calibrate` kept, mean KL to the host's attention in nats per query

@@ -9,6 +9,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import statistics
@@ -277,6 +278,100 @@ def _cost(row: dict[str, Any]) -> list[str]:
     return [f"{time:.1f} ms" if time < 100 else f"{time:.0f} ms", f"{row['extra_mib']:.0f} MiB"]
 
 
+def kernels(folder: Path = BENCHMARKS) -> str:
+    """One shape's times and memory, then every target: attention, and whole training steps."""
+    rows = read_csv("kernels_table.csv", folder)
+    reports = [
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in ("kernels_table.json", "training_step.json")
+    ]
+    times = _times([row for row in rows if row["launch"] == "eager"], keys=4096, width=128)
+    lines = [line for report in reports for line in report["targets"]]
+    ends = (_benchmark_conditions(report["conditions"]) for report in reports)
+    return times + "\n" + _targets(lines) + "\n" + "\n".join(dict.fromkeys(ends)) + "\n"
+
+
+def cpu_cost(folder: Path = BENCHMARKS) -> str:
+    """The operator beside SDPA on a CPU, at one length."""
+    known = json.loads((folder / "cpu_float32.json").read_text(encoding="utf-8"))["conditions"]
+    rows = read_csv("cpu_float32.csv", folder)
+    return _times(rows, keys=8192) + "\n" + _benchmark_conditions(known) + "\n"
+
+
+def read_csv(name: str, folder: Path = BENCHMARKS) -> Rows:
+    """The rows of a benchmark; what looks like a number is one, an empty field None."""
+    with (folder / name).open(encoding="utf-8", newline="") as file:
+        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text: str) -> float | str | None:
+    try:
+        return float(text)
+    except ValueError:
+        return text or None
+
+
+_PROVIDERS = {
+    "sdpa": "SDPA, torch's choice",
+    "sdpa_cudnn": "SDPA, cuDNN",
+    "sdpa_flash": "SDPA, flash",
+    "flex_attention": "FlexAttention",
+    "gravity_triton": "gravity, triton",
+    "gravity_flex": "gravity, flex",
+    "gravity_chunked": "gravity, chunked",
+    "gravity_eager": "gravity, eager",
+    "gravity_reference": "gravity, reference",
+}
+
+
+def _times(rows: Rows, **shape: float) -> str:
+    """Forward and backward of every provider at one shape. A dash: it did not run."""
+    rows = [row for row in rows if all(row[key] == value for key, value in shape.items())]
+    table = []
+    for provider, title in _PROVIDERS.items():
+        mine = [row for row in rows if row["provider"] == provider]
+        for law, distance in dict.fromkeys((row["law"], row["distance"]) for row in mine):
+            found = {r["pass"]: r for r in mine if (r["law"], r["distance"]) == (law, distance)}
+            name = title if law == "dot" else f"{title}, {law}"
+            name += ", lifted" if distance == "lifted" else ""
+            works = (found.get(work, {}) for work in ("forward", "backward"))
+            table.append([name, *(cell for row in works for cell in _cells(row))])
+    first = rows[0]
+    where = (
+        f"{first['dtype']}, batch {first['batch']:g}, {first['heads']:g} heads "
+        f"({first['kv_heads']:g} KV) of {first['width']:g}, {first['keys']:g} tokens"
+    )
+    return markdown([where, "forward", "memory", "backward", "memory"], table)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    time, memory = row.get("p50_ms"), row.get("extra_mib")
+    cells = ["–" if time is None else f"{time:.3g} ms" if time < 100 else f"{time:.0f} ms"]
+    return [*cells, "–" if memory is None else f"{memory:.0f} MiB"]
+
+
+def _targets(lines: Rows) -> str:
+    """One row for a target: what every law and distance measured, and the worst verdict."""
+    order = ("missed", "not measured", "met", "aim reached")
+    table = []
+    for name in dict.fromkeys(line["name"] for line in lines):
+        mine = [line for line in lines if line["name"] == name]
+        values = ["–" if x["measured"] is None else f"{x['measured']:.3g}" for x in mine]
+        measured = [f"{x['subject']}: {value}" for x, value in zip(mine, values, strict=True)]
+        verdict = min((line["verdict"] for line in mine), key=order.index)
+        bounds = [mine[0]["at_least"], mine[0]["aim"] or "–"]
+        table.append([name, *bounds, "; ".join(measured), verdict])
+    return markdown(["target", "at least", "aim", "measured", "verdict"], table)
+
+
+def _benchmark_conditions(known: dict[str, Any]) -> str:
+    versions = known["versions"]
+    names = {"torch": "torch", "triton": "Triton", "cudnn": "cuDNN"}
+    parts = [f"{title} {versions[name]}" for name, title in names.items() if versions[name]]
+    commit = f"commit {known['commit'][:10]}"
+    return ", ".join([known["device"], *parts, commit, known["date"][:10]]) + "."
+
+
 def _conditions(rows: Rows) -> str:
     known = rows[-1]["conditions"]
     versions = known["versions"]
@@ -294,6 +389,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "encoder": encoder,
     "transfer": transfer,
     "cost": cost,
+    "kernels": kernels,
+    "cpu-cost": cpu_cost,
 }
 
 

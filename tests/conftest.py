@@ -15,6 +15,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+if not torch.cuda.is_available():
+    # Read by triton when it is imported: kernels run in its interpreter, also on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if IS_XDIST_WORKER:
     # Each worker would otherwise start as many threads as the machine has cores.
     torch.set_num_threads(1)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
 
 from ..config import GravityConfig
 from ..layers.parameters import GravityTerms
@@ -23,6 +22,7 @@ from ..ops.reference import (
     split_mask,
     squared_distance,
 )
+from .masks import gravity_mask, ordinary, visible_keys_of
 from .support import refuse_arguments
 
 ATTENTION_NAME = "gravity"
@@ -40,7 +40,7 @@ class AttentionCall:
         query: `[B, H, Tq, D]`, after rotary embedding.
         key: `[B, Hkv, Tk, D]`.
         value: `[B, Hkv, Tk, Dv]`.
-        mask: None (attend everywhere), or 4-D bool or additive float.
+        mask: None (attend everywhere), or 4-D bool or additive float; see `masks.gravity_mask`.
         dropout: probability, 0 outside training.
         scaling: the host's own; None means `D ** -0.5`.
         arguments: what else transformers passed.
@@ -186,13 +186,12 @@ def _gravity(
     options: dict[str, Any] = {
         "law": config.law,
         "key_radius_sq": terms.key_radius_sq,
-        "mask": mask,
         "dropout_p": dropout,
     }
     weights = None
     if arguments.get("output_attentions"):
         result = gravity_attention_reference(
-            query, key, value, terms.mass, eps=terms.softening, **options
+            query, key, value, terms.mass, eps=terms.softening, mask=ordinary(mask), **options
         )
         output, weights = result.output, result.weights.to(query.dtype)
     else:
@@ -203,9 +202,27 @@ def _gravity(
             terms.mass,
             eps=terms.softening,
             impl=config.implementation,
+            **_visibility(mask, query, key),
             **options,
         )
     return output.transpose(1, 2).to(out_dtype).contiguous(), weights
+
+
+def _visibility(mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, Any]:
+    """Which keys are seen, as arguments of `gravity_attention`: the mask's own word for it where it
+    was made for tensors of these shapes on this device, else its values."""
+    visible = visible_keys_of(mask)
+    if mask is None or visible is None or mask.device != query.device:
+        return {"mask": ordinary(mask)}
+    batch, _, queries, keys = mask.shape
+    if (queries, keys) != (query.shape[2], key.shape[2]) or batch not in (1, query.shape[0]):
+        return {"mask": ordinary(mask)}
+    return {
+        "mask": visible.mask,
+        "causal": visible.causal,
+        "window": visible.window,
+        "key_ranges": visible.key_ranges,
+    }
 
 
 def _dot_product(
@@ -235,9 +252,6 @@ def _dot_product(
 def register() -> None:
     """Register attention and mask under one name: without the mask function transformers would hand
     over None for every batch, padded and causal ones included.
-
-    The additive mask is the one kind that also serves modules which never reach our function but
-    share a config with one that does: they add it as they always did.
     """
     AttentionInterface.register(ATTENTION_NAME, gravity_attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, gravity_mask)

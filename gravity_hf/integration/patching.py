@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..config import GravityConfig
 from ..layers.parameters import GravityParameters
+from ..ops.api import explain_implementation
 from .attention import ATTENTION_NAME
 from .hosts import (
     CLASS_PREFIX,
@@ -44,7 +45,8 @@ class GravityStatus:
     """What is patched, with what, by which implementation.
 
     `layers`: converted attention modules; `skipped`: those that keep dot-product attention, by
-    choice or because they compute attention on their own; `parameters`: added numbers.
+    choice or because they compute attention on their own; `implementation`: what computes gravity
+    where the model is now, `reason`: why that; `parameters`: added numbers.
     """
 
     patched: bool
@@ -54,6 +56,7 @@ class GravityStatus:
     skipped: tuple[str, ...]
     implementation: str
     parameters: int
+    reason: str = ""
 
     def __str__(self) -> str:
         if not self.patched or self.config is None:
@@ -63,7 +66,7 @@ class GravityStatus:
             f"{self.model}: gravity in {len(self.layers)} attention modules",
             f"  law {config.law}, distance {config.distance}, {config.softness_in_words}",
             f"  one mass per {config.mass_per}, {self.parameters} added numbers",
-            f"  implementation {self.implementation}",
+            f"  implementation {self.implementation}: {self.reason}",
         ]
         if self.skipped:
             lines.append(f"  dot product kept in {len(self.skipped)}: {', '.join(self.skipped)}")
@@ -155,15 +158,28 @@ def gravity_status(model: nn.Module) -> GravityStatus:
     sites = find_attention_sites(host)
     converted = tuple(site.name for site in sites if hasattr(site.module, "gravity"))
     kept = tuple(site.name for site in sites if not hasattr(site.module, "gravity"))
+    implementation, reason = current, "set in place of gravity"
+    if current == ATTENTION_NAME:
+        implementation, reason = _implementation(host, settings)
     return GravityStatus(
         patched=current == ATTENTION_NAME,
         model=type(host).__name__,
         config=settings,
         layers=converted,
         skipped=kept + find_own_attention(host),
-        implementation=settings.implementation if current == ATTENTION_NAME else current,
+        implementation=implementation,
         parameters=sum(p.numel() for m in modules.values() for p in m.parameters()),
+        reason=reason,
     )
+
+
+def _implementation(model: nn.Module, settings: GravityConfig) -> tuple[str, str]:
+    """What computes gravity in `model` on its device, and why."""
+    if settings.implementation != "auto":
+        return settings.implementation, "as the settings name it"
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    device = _device(model) or torch.device("cpu")
+    return explain_implementation(device, next(dtypes, torch.get_default_dtype()))
 
 
 def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:

@@ -2,164 +2,183 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import IMPLEMENTATIONS, LAWS
+from .checks import check_call
 from .chunked import gravity_attention_chunked
-from .flex import gravity_attention_flex
+from .cutoff import Cutoff
+from .flex import flex_refusal, gravity_attention_flex
+from .ranges import ranges_from_cu_seqlens
 from .reference import gravity_attention_reference
 
 
 def gravity_attention(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
     v: Tensor,
     mass: Tensor,
     *,
-    eps: float | Tensor,
+    eps: float | Tensor | None,
     law: str = "force",
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    repulsive: bool = False,
+    cutoff: Cutoff | None = None,
+    max_force: float | None = None,
+    inverse_distance: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
+    window: int | None = None,
+    key_ranges: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    exclude_self: bool = False,
     dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention in which a token attends to what is near: `softmax_j(score_ij) v_j`.
+    """Attention in which a token attends to what is near it: `softmax_j(score_ij) v_j`.
 
-    `score_ij = M_h^2 a_i b_j / (d_ij^2 + eps_h)` (law `"force"`) or
+    `score_ij = (M_h^2 / (d_ij^2 + eps_h) + beta_h) a_i b_j` (law `"force"`) or
     `score_ij = -M_h^2 ln(d_ij^2 + eps_h) + ln b_j` (law `"power"`, so that weights are
     `b_j (d_ij^2 + eps_h)^(-M_h^2)`), with `d_ij^2 = max(|q_i|^2 + kappa_j - 2 q_i.k_j, 0)`.
+    Derivation and gradients: README.md beside this file.
+
+    A query sees the keys that `mask`, `causal`, `window`, `key_ranges` and a hard cutoff all leave
+    visible; one that sees none gives zeros. Query i stands at position `p_i = i + Tk - Tq`.
 
     Args:
-        q: queries `[B, H, Tq, D]`.
+        q: queries `[B, H, Tq, D]`; None with `inverse_distance`.
         k: keys `[B, Hkv, Tk, D]`; `H` is a multiple of `Hkv`, consecutive query heads share one.
+            None with `inverse_distance`.
         v: values `[B, Hkv, Tk, Dv]`.
         mass: `M` `[H]`, not negative.
-        eps: softening in units of squared distance, a number or `[H]`; positive.
+        eps: softening in units of squared distance, a number or `[H]`; positive. None with
+            `inverse_distance`.
         law: `"force"` or `"power"`.
         key_radius_sq: `R^2` `[Hkv]`. Given: lifted keys, `kappa_j = R^2`. Absent: `kappa_j =
             |k_j|^2`.
         query_mass: `a` `[B, H, Tq]`, force law only (under the power law it would cancel).
         key_mass: `b` `[B, H, Tk]`; positive under the power law.
+        head_bias: `beta` `[H]`, added to the force before the tokens' masses; force law only.
+        repulsive: the force is `-M^2 / (d^2 + eps)`: what is near is avoided. Force law only.
+        cutoff: a radius per head; see `gravity_hf.ops.cutoff.Cutoff`.
+        max_force: a ceiling of the score, before cutoff and mask; force law only.
+        inverse_distance: `[Tq, Tk]`, takes the place of `1 / (d^2 + eps)` for all batch entries and
+            heads; force law only. Gradients reach it.
         mask: broadcastable to `[B, H, Tq, Tk]`. Bool: True = attend. Float: added to the score;
             entries at or below half of the dtype's lowest value are hidden.
-        causal: row i sees keys `j <= i + Tk - Tq`; combines with `mask`.
+        causal: query i sees keys `j <= p_i`.
+        window: query i sees keys less than this many positions away: `p_i - j < window` if causal,
+            `|p_i - j| < window` otherwise.
+        key_ranges: int32 `[B|1, Tq|1, 2]`: query i sees keys `start_i <= j < stop_i`; starts and
+            stops must not decrease along the queries (not checked).
+        cu_seqlens: int32 `[N + 1]`, for `B = 1` and `Tq = Tk`: tokens see their own document only,
+            document n being `cu_seqlens[n] <= t < cu_seqlens[n + 1]`. Instead of `key_ranges`.
+        exclude_self: a query gives no weight to the key at its own position, `j = p_i`, unless it
+            sees no other.
         dropout_p: probability of dropping a weight, applied whenever it is not 0.
-        impl: `"reference"`, `"chunked"`, `"flex"`, or `"auto"`, which chooses by device and by what
-            the call needs. A named implementation that cannot serve the call is an error; it never
-            turns into another one.
+        impl: `"reference"`, `"chunked"`, `"flex"`, `"triton"`, or `"auto"`, which chooses by device
+            and by what the call needs. A named implementation that cannot serve the call is an
+            error; it never turns into another one.
 
     Returns:
-        `[B, H, Tq, Dv]` in the dtype of `v`. Arithmetic is float32 (float64 for float64 inputs). A
-        row that may attend to no key gives zeros.
+        `[B, H, Tq, Dv]` in the dtype of `v`. Arithmetic is float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit.
+        ValueError: shapes, dtypes or options that do not fit, or that `impl` cannot serve.
     """
-    _check(q, k, v, mass, law, key_radius_sq, query_mass, key_mass, mask, dropout_p, impl)
-    if not isinstance(eps, Tensor):
-        if not eps > 0:
-            raise ValueError(f"gravity_attention: eps must be positive, got {eps!r}")
-        eps = torch.full_like(mass, eps)
-    elif eps.shape != mass.shape:
-        raise ValueError(
-            f"gravity_attention: eps must be a number or [H] = {tuple(mass.shape)}, "
-            f"got {tuple(eps.shape)}"
-        )
     options: dict[str, Any] = {
         "eps": eps,
         "law": law,
         "key_radius_sq": key_radius_sq,
         "query_mass": query_mass,
         "key_mass": key_mass,
+        "head_bias": head_bias,
+        "repulsive": repulsive,
+        "cutoff": cutoff,
+        "max_force": max_force,
+        "inverse_distance": inverse_distance,
         "mask": mask,
         "causal": causal,
+        "window": window,
+        "key_ranges": key_ranges,
+        "exclude_self": exclude_self,
         "dropout_p": dropout_p,
     }
+    check_call(q, k, v, mass, options, cu_seqlens, impl)
+    if cu_seqlens is not None:
+        options["key_ranges"] = ranges_from_cu_seqlens(cu_seqlens, v.shape[2])
+    if eps is not None and not isinstance(eps, Tensor):
+        options["eps"] = torch.full_like(mass, eps)
     if impl == "auto":
-        impl = choose_implementation(q, mask, dropout_p, (k, v, mass, *options.values()))
+        impl = choose_implementation(q, k, v, mass, options)
     if impl == "reference":
         return gravity_attention_reference(q, k, v, mass, **options).output
     if impl == "flex":
         return gravity_attention_flex(q, k, v, mass, **options)
+    if impl == "triton":
+        return _triton(q, k, v, mass, options)
     return gravity_attention_chunked(q, k, v, mass, **options)
 
 
 def choose_implementation(
-    q: Tensor, mask: Tensor | None, dropout_p: float, others: Iterable[object] = ()
+    q: Tensor | None, k: Tensor | None, v: Tensor, mass: Tensor, options: Mapping[str, Any]
 ) -> str:
-    """What `impl="auto"` means for a call: `"flex"` where it is fused, faster and able (CUDA,
-    bfloat16 or float16, no gradient, no dropout, no mask tensor), `"chunked"` everywhere else, also
-    inside `torch.compile`, where flex would be a compiler in a compiler.
+    """What `impl="auto"` means for a call; `options`: the keyword arguments of an implementation.
 
-    In float32 flex's products leave the tensor cores and it takes 2.7 times as long as chunked
-    (scripts/benchmark/results/h100_fp32.json).
+    `explain_implementation` says which one a device gets. Of what it names, two kinds of calls get
+    `"chunked"` instead: empty ones, and for flex those that it refuses (gradients, dropout and most
+    terms), those with a mask tensor, and those inside `torch.compile`, where flex would be a
+    compiler in a compiler.
     """
-    if torch.compiler.is_compiling() or q.numel() == 0:
+    name, _ = _explain(v.device, v.dtype, options["mask"])
+    if v.numel() == 0 or (q is not None and q.numel() == 0):
         return "chunked"
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type != "cuda" or not half or dropout_p > 0 or mask is not None:
+    if name == "flex" and (
+        torch.compiler.is_compiling()
+        or options["mask"] is not None
+        or flex_refusal(q, k, v, mass, options) is not None
+    ):
         return "chunked"
-    tensors = (x for x in (q, *others) if isinstance(x, Tensor))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "chunked"
-    return "flex"
+    return name
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mass: Tensor,
-    law: str,
-    key_radius_sq: Tensor | None,
-    query_mass: Tensor | None,
-    key_mass: Tensor | None,
-    mask: Tensor | None,
-    dropout_p: float,
-    impl: str,
-) -> None:
-    _expect(law in LAWS, "law", f"one of {list(LAWS)}", law)
-    _expect(impl in IMPLEMENTATIONS, "impl", f"one of {list(IMPLEMENTATIONS)}", impl)
-    _expect(0.0 <= dropout_p < 1.0, "dropout_p", "a number in [0, 1)", dropout_p)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _expect(tensor.dim() == 4, name, "4 dimensions [B, H, T, D]", tuple(tensor.shape))
-        _expect(tensor.is_floating_point(), name, "a floating dtype", tensor.dtype)
-        _expect(tensor.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", tensor.dtype)
-    batch, heads, queries, width = q.shape
-    _, kv_heads, keys, _ = k.shape
-    fits = k.shape[0] == batch and k.shape[3] == width and heads % kv_heads == 0
-    _expect(fits, "k", f"[{batch}, a divisor of {heads}, Tk, {width}]", tuple(k.shape))
-    fits = v.shape[:3] == k.shape[:3]
-    _expect(fits, "v", f"[{batch}, {kv_heads}, {keys}, Dv]", tuple(v.shape))
-    _expect(mass.shape == (heads,), "mass", f"[{heads}]", tuple(mass.shape))
-    if key_radius_sq is not None:
-        shape = tuple(key_radius_sq.shape)
-        _expect(shape == (kv_heads,), "key_radius_sq", f"[{kv_heads}]", shape)
-    if query_mass is not None:
-        shape = tuple(query_mass.shape)
-        _expect(shape == (batch, heads, queries), "query_mass", "[B, H, Tq]", shape)
-        _expect(law == "force", "query_mass", "law='force' (it cancels under 'power')", law)
-    if key_mass is not None:
-        shape = tuple(key_mass.shape)
-        _expect(shape == (batch, heads, keys), "key_mass", "[B, H, Tk]", shape)
-    if mask is not None:
-        dtype_fits = mask.dtype == torch.bool or mask.is_floating_point()
-        _expect(dtype_fits, "mask", "bool (True = attend) or float (added)", mask.dtype)
-        full = (batch, heads, queries, keys)
-        tail = full[len(full) - mask.dim() :]
-        # Written out: `in` does not compare the symbolic lengths of a compiled graph.
-        pairs = zip(mask.shape, tail, strict=True)
-        fits = mask.dim() <= 4 and all(m == 1 or m == f for m, f in pairs)
-        _expect(fits, "mask", f"broadcastable to {full}", tuple(mask.shape))
+def explain_implementation(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
+    """What `impl="auto"` chooses on a device for inputs of a dtype, and why, in words."""
+    return _explain(torch.device(device), dtype, None)
 
 
-def _expect(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"gravity_attention: {name}: expected {expected}, got {got}")
+def _explain(device: torch.device, dtype: torch.dtype, mask: Tensor | None) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "chunked", f"the device is {device.type}, and triton and flex are for CUDA"
+    from .triton import triton_refusal
+
+    refusal = triton_refusal(device, dtype, mask)
+    if refusal is None:
+        return "triton", f"CUDA, {dtype}, and triton is importable"
+    if dtype in (torch.bfloat16, torch.float16):
+        plain = "chunked where a call has gradients, dropout, a mask tensor or more terms"
+        return "flex", f"triton cannot serve: {refusal}; {plain}"
+    # In float32 flex's products leave the tensor cores and it takes 2.7 times as long as chunked
+    # (scripts/benchmark/results/h100_fp32.json).
+    return "chunked", f"triton cannot serve: {refusal}; flex is slower than chunked in {dtype}"
+
+
+def _triton(
+    q: Tensor | None, k: Tensor | None, v: Tensor, mass: Tensor, options: dict[str, Any]
+) -> Tensor:
+    # Imported here: `import gravity_hf` must not import triton.
+    from .triton import gravity_attention_triton, triton_refusal
+
+    refusal = triton_refusal(v.device, v.dtype, options["mask"])
+    if refusal is not None:
+        raise ValueError(
+            f"gravity_attention: impl='triton' cannot serve this call: {refusal}. Use impl='auto' "
+            "or impl='chunked'"
+        )
+    return gravity_attention_triton(q, k, v, mass, **options)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .intervals import Intervals
+
 # Scores per block. On a CPU a block of float32 scores should stay in the second-level caches
 # (1 MB); a GPU wants launches of tens of microseconds, for which 128 MB a buffer is the price.
 ELEMENTS = {"cpu": 2**18, "gpu": 2**25}
@@ -71,7 +73,11 @@ def cut(tensor: Tensor, *slices: slice) -> Tensor:
 
 
 def iterate_blocks(
-    sizes: Sizes, mask: Tensor | None, causal: bool, device: torch.device, dtype: torch.dtype
+    sizes: Sizes,
+    mask: Tensor | None,
+    intervals: Intervals,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Iterator[Block]:
     """Every block with work in it, in a fixed order (dropout depends on the order).
 
@@ -81,11 +87,12 @@ def iterate_blocks(
         return
     kind = "cpu" if device.type == "cpu" else "gpu"
     budget = ELEMENTS[kind]
-    rows = max(1, budget // (sizes.groups * sizes.keys))
-    if causal or (mask is not None and kind == "cpu" and mask.shape[3] > 1):
+    rows = sizes.queries
+    if not intervals.everything or (mask is not None and kind == "cpu" and mask.shape[3] > 1):
         rows = min(rows, max(1, ROWS_MASKED[kind] // sizes.groups))
-    rows = min(rows, sizes.queries)
-    heads = max(1, budget // (sizes.groups * rows * sizes.keys))
+    reach = intervals.reach(rows)
+    rows = min(rows, max(1, budget // (sizes.groups * reach)))
+    heads = max(1, budget // (sizes.groups * rows * reach))
     batches = min(max(1, heads // sizes.key_heads), sizes.batch)
     heads = min(heads, sizes.key_heads)
     window = None
@@ -94,11 +101,8 @@ def iterate_blocks(
             for head in _ranges(sizes.key_heads, heads):
                 # A mask without a head dimension is read once for all heads.
                 if head.start == 0 or (mask is not None and mask.shape[1] > 1):
-                    if mask is None:
-                        window = _causal_window(sizes, row, causal, device, dtype)
-                    else:
-                        tile = cut(mask, batch, head, slice(None), row)
-                        window = _masked_window(sizes, row, tile, causal, dtype)
+                    tile = None if mask is None else cut(mask, batch, head, slice(None), row)
+                    window = _window(intervals, batch, row, tile, device, dtype)
                 if window is not None:
                     yield Block(batch, head, row, window)
 
@@ -107,47 +111,53 @@ def _ranges(stop: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, stop)) for start in range(0, stop, step))
 
 
-def _causal_window(
-    sizes: Sizes, rows: slice, causal: bool, device: torch.device, dtype: torch.dtype
+def _window(
+    intervals: Intervals,
+    batch: slice,
+    rows: slice,
+    tile: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Window | None:
-    if not causal:
-        return Window(slice(0, sizes.keys))
-    shift = sizes.keys - sizes.queries
-    stop = min(sizes.keys, rows.stop + shift)
-    if stop <= 0:
+    """`tile`: the mask's part for the block, over all keys."""
+    bounds = intervals.bounds(batch, rows)
+    keys = bounds.keys
+    if keys.start >= keys.stop:
         return None
-    start = max(0, rows.start + shift + 1)
-    if start >= stop:
-        return Window(slice(0, stop))
-    bias = _triangle(rows, slice(start, stop), shift, device, dtype)
-    dead = None
-    if rows.start + shift < 0:
-        dead = torch.arange(rows.start, rows.stop, device=device) + shift < 0
-        dead = dead.view(1, 1, 1, -1, 1)
-        bias = bias.masked_fill(dead, 0.0)
-    return Window(slice(0, stop), bias, slice(start, stop), dead)
+    partial = bounds.partial
+    hidden = empty = None
+    if partial.start < partial.stop:
+        hidden, empty = intervals.hidden(batch, rows, partial, device)
+    if tile is not None:
+        bias = _additive(cut(tile, *(slice(None),) * 4, keys), dtype)
+        return _masked_window(bias, keys, hidden, partial)
+    if hidden is None:
+        return Window(keys)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -INFINITY)
+    bias_keys = slice(partial.start - keys.start, partial.stop - keys.start)
+    if not bounds.may_be_empty or (device.type == "cpu" and not empty.any()):
+        return Window(keys, bias, bias_keys)
+    return Window(keys, bias.masked_fill_(empty, 0.0), bias_keys, empty)
 
 
 def _masked_window(
-    sizes: Sizes, rows: slice, tile: Tensor, causal: bool, dtype: torch.dtype
+    bias: Tensor, keys: slice, hidden: Tensor | None, partial: slice
 ) -> Window | None:
-    shift = sizes.keys - sizes.queries
-    stop = min(sizes.keys, rows.stop + shift) if causal else sizes.keys
-    if stop <= 0:
-        return None
-    keys = slice(0, stop)
-    bias = _additive(cut(tile, *(slice(None),) * 4, keys), dtype)
-    if causal:
-        bias = bias + _triangle(rows, keys, shift, tile.device, dtype)
-    bias_keys = keys
+    """`bias`: what a mask adds at `keys`; `hidden`: what positions hide at `partial`."""
+    if hidden is not None:
+        before, after = partial.start - keys.start, keys.stop - partial.stop
+        hidden = torch.nn.functional.pad(hidden, (before, after))
+        bias = torch.where(hidden, -INFINITY, bias)
+    bias_keys = slice(0, keys.stop - keys.start)
     # Reading the mask to narrow the work costs a GPU a round trip and a CPU next to nothing.
     if bias.device.type == "cpu" and bias.shape[-1] > 1:
         highest, lowest = bias.amax((0, 1, 2, 3)), bias.amin((0, 1, 2, 3))
-        keys = _span(highest != -INFINITY)
-        if keys.start == keys.stop:
+        seen = _span(highest != -INFINITY)
+        if seen.start == seen.stop:
             return None
-        bias_keys = _span(((highest != 0) | (lowest != 0))[keys])
-        bias = bias[..., keys][..., bias_keys]
+        keys = slice(keys.start + seen.start, keys.start + seen.stop)
+        bias_keys = _span(((highest != 0) | (lowest != 0))[seen])
+        bias = bias[..., seen][..., bias_keys]
     if bias_keys.start == bias_keys.stop:
         return Window(keys)
     if bias_keys.stop - bias_keys.start < keys.stop - keys.start:
@@ -166,15 +176,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
             ~mask, -INFINITY
         )
     return mask.to(dtype).masked_fill(~(mask > torch.finfo(mask.dtype).min / 2), -INFINITY)
-
-
-def _triangle(
-    rows: slice, keys: slice, shift: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    row = torch.arange(rows.start, rows.stop, device=device)[:, None] + shift
-    hidden = torch.arange(keys.start, keys.stop, device=device)[None, :] > row
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -INFINITY)
-    return bias[None, None, None]
 
 
 def _span(flags: Tensor) -> slice:

@@ -3,7 +3,8 @@
 The numbers are those of `reference.py`. One product gives softened distances:
 `[-2q, 1, |q|^2 + eps] . [k, |k|^2, 1] = |q|^2 + |k|^2 - 2 q.k + eps`. The augmentation is ordinary
 differentiable torch, so the operator behind it (`blockwise.py`) needs only the gradient of
-`softmax(score(q'k'^T)) v`, and q, k, eps and radii get theirs from autograd.
+`softmax(score(q'k'^T)) v`, and q, k and radii get theirs from autograd. So do the terms that are
+folded here into fewer ones: `strength` is `+-M^2 a_i`, `offset` is `beta a_i`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from . import registry  # noqa: F401  (registers torch.ops.gravity_hf.attention)
-from .blockwise import DecodingProblem, attention_forward
+from .blockwise import attention_forward
+from .cutoff import Cutoff
+from .problem import DecodingProblem
 from .reference import compute_dtype
 
 # Up to this many queries per key head, reading the keys costs more than the scores do, and
@@ -21,57 +24,75 @@ DECODE_QUERIES = 16
 
 
 def gravity_attention_chunked(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
     v: Tensor,
     mass: Tensor,
     *,
-    eps: Tensor,
+    eps: Tensor | None,
     law: str = "force",
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    repulsive: bool = False,
+    cutoff: Cutoff | None = None,
+    max_force: float | None = None,
+    inverse_distance: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
+    window: int | None = None,
+    key_ranges: Tensor | None = None,
+    exclude_self: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Same numbers as `gravity_attention_reference`, one block of scores at a time.
 
-    Shapes and meanings as in `gravity_hf.ops.api.gravity_attention`. First derivatives for q, k, v,
-    mass, eps, key_radius_sq, query_mass, key_mass and a float mask.
+    Shapes and meanings as in `gravity_hf.ops.api.gravity_attention`. First derivatives for every
+    floating tensor, a float mask and the cutoff's radius included.
     """
-    dtype, out_dtype = compute_dtype(q.dtype), v.dtype
-    q, k, v, mass, eps = (x.to(dtype) for x in (q, k, v, mass, eps))
-    strength = mass.square()[None, :, None]
+    dtype, out_dtype = compute_dtype(v.dtype), v.dtype
+    radius = None if cutoff is None else cutoff.radius
+    tensors = (q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias)
+    q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias, radius, table = (
+        None if x is None else x.to(dtype) for x in (*tensors, radius, inverse_distance)
+    )
+    strength = (-mass.square() if repulsive else mass.square())[None, :, None]
+    offset = None if head_bias is None else head_bias[None, :, None]
     if query_mass is not None:
-        strength = strength * query_mass.to(dtype)
-    key_term = None
-    if key_mass is not None:
-        key_mass = key_mass.to(dtype)
-        key_term = key_mass.log() if law == "power" else key_mass
-    if key_radius_sq is not None:
-        key_radius_sq = key_radius_sq.to(dtype)
+        strength = strength * query_mass
+        offset = None if offset is None else offset * query_mass
+    key_term = key_mass.log() if key_mass is not None and law == "power" else key_mass
+    radius_sq = None if radius is None else radius.square()
     # Drawn from torch's own generator: manual_seed and checkpointing's replay reach the dropout.
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
+    fade = (None, 1.0) if cutoff is None else (cutoff.kind, cutoff.width)
 
-    arguments = (v, strength, eps, key_term, mask, seed, law, causal, dropout_p)
-    if _is_decoding(q, k, *arguments):
-        query_term = _query_term(q, k, eps, key_radius_sq)
+    floating = (v, strength, eps, offset, key_term, radius_sq, table, mask)
+    rules = (law, causal, window, exclude_self, *fade, max_force, dropout_p)
+    arguments = (*floating, key_ranges, seed, *rules)
+    # A cutoff needs the distance without eps.
+    softening = eps if cutoff is None else None
+    if q is None:
+        output = torch.ops.gravity_hf.attention(None, None, *arguments)
+    elif _is_decoding(q, k, *arguments):
+        query_term = _query_term(q, k, softening, key_radius_sq)
         if key_radius_sq is None:
             kappa = k.square().sum(-1, keepdim=True)
         else:
             kappa = k.new_zeros(1).expand(*k.shape[:3], 1)
         output = attention_forward(DecodingProblem(q, k, *arguments, query_term, kappa))
     else:
-        augmented = augment(q, k, eps, key_radius_sq)
+        augmented = augment(q, k, softening, key_radius_sq)
         output = torch.ops.gravity_hf.attention(*augmented, *arguments)
     return output.to(out_dtype)
 
 
 def augment(
-    q: Tensor, k: Tensor, eps: Tensor, key_radius_sq: Tensor | None
+    q: Tensor, k: Tensor, eps: Tensor | None, key_radius_sq: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`q'` `[B, H, Tq, E]` and `k'` `[B, Hkv, Tk, E]` with `q'.k' = d^2 + eps`, not clamped.
+    """`q'` `[B, H, Tq, E]` and `k'` `[B, Hkv, Tk, E]` with `q'.k' = d^2 + eps` (`d^2` without
+    eps), not clamped.
 
     `E` is `D + 2`, or `D + 1` with lifted keys, whose `R^2` is the same for all keys of a row.
     """
@@ -84,16 +105,18 @@ def augment(
     return query, torch.cat([k, kappa, torch.ones_like(kappa)], -1)
 
 
-def _query_term(q: Tensor, k: Tensor, eps: Tensor, key_radius_sq: Tensor | None) -> Tensor:
+def _query_term(q: Tensor, k: Tensor, eps: Tensor | None, key_radius_sq: Tensor | None) -> Tensor:
     """`|q_i|^2 + eps`, plus `R^2` with lifted keys: `[B, H, Tq, 1]`.
 
     `R^2` is with the row because scores hardly change when all distances of a row grow alike: its
     gradient is a small rest of large terms that cancel within rows, so rows are summed first.
     """
+    term = q.square().sum(-1, keepdim=True)
     constant = eps
     if key_radius_sq is not None:
-        constant = eps + key_radius_sq.repeat_interleave(q.shape[1] // k.shape[1])
-    return q.square().sum(-1, keepdim=True) + constant[:, None, None]
+        radius_sq = key_radius_sq.repeat_interleave(q.shape[1] // k.shape[1])
+        constant = radius_sq if eps is None else eps + radius_sq
+    return term if constant is None else term + constant[:, None, None]
 
 
 def _is_decoding(q: Tensor, k: Tensor, *arguments: object) -> bool:

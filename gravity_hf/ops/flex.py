@@ -10,38 +10,78 @@ as a check on the other implementations: torch 2.13 fails to compile it there fo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from .cutoff import Cutoff
 from .reference import split_mask
+
+# Terms that this implementation does not have, by the value that leaves each out.
+_ABSENT = {
+    "head_bias": None,
+    "repulsive": False,
+    "cutoff": None,
+    "max_force": None,
+    "inverse_distance": None,
+    "window": None,
+    "key_ranges": None,
+    "exclude_self": False,
+}
 
 
 def gravity_attention_flex(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
     v: Tensor,
     mass: Tensor,
     *,
-    eps: Tensor,
+    eps: Tensor | None,
     law: str = "force",
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    repulsive: bool = False,
+    cutoff: Cutoff | None = None,
+    max_force: float | None = None,
+    inverse_distance: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
+    window: int | None = None,
+    key_ranges: Tensor | None = None,
+    exclude_self: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Same numbers as `gravity_attention_reference`, forward only.
+    """Same numbers as `gravity_attention_reference`, forward only, for calls without the terms that
+    `_ABSENT` names.
 
     Shapes and meanings as in `gravity_hf.ops.api.gravity_attention`.
 
     Raises:
-        ValueError: inputs that require a gradient, dropout, float64, no queries or no keys.
+        ValueError: what `flex_refusal` says.
     """
     tensors = (q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, mask)
-    _check(tensors, dropout_p)
+    options = {
+        "eps": eps,
+        "key_radius_sq": key_radius_sq,
+        "query_mass": query_mass,
+        "key_mass": key_mass,
+        "head_bias": head_bias,
+        "repulsive": repulsive,
+        "cutoff": cutoff,
+        "max_force": max_force,
+        "inverse_distance": inverse_distance,
+        "mask": mask,
+        "window": window,
+        "key_ranges": key_ranges,
+        "exclude_self": exclude_self,
+        "dropout_p": dropout_p,
+    }
+    refusal = flex_refusal(q, k, v, mass, options)
+    if refusal is not None:
+        raise ValueError(f"gravity_attention: impl='flex' expects {refusal}, or use impl='chunked'")
     # Under no_grad the leaves still say requires_grad, which FlexAttention refuses on a CPU.
     q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, mask = (
         None if x is None else x.detach() for x in tensors
@@ -85,19 +125,25 @@ def gravity_attention_flex(
     )
 
 
-def _check(tensors: tuple[Tensor | None, ...], dropout_p: float) -> None:
-    q, k = tensors[0], tensors[1]
-    problem = None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        problem = "inputs without gradient, got one that requires it: call it under torch.no_grad()"
-    elif dropout_p > 0:
-        problem = f"dropout_p = 0, got {dropout_p}: call it with dropout_p=0"
-    elif q.dtype == torch.float64:
-        problem = "float32, bfloat16 or float16, got torch.float64: convert the inputs"
-    elif 0 in (*q.shape, *k.shape):
-        problem = f"no empty dimension, got q {tuple(q.shape)}, k {tuple(k.shape)}"
-    if problem is not None:
-        raise ValueError(f"gravity_attention: impl='flex' expects {problem}, or use impl='chunked'")
+def flex_refusal(
+    q: Tensor | None, k: Tensor | None, v: Tensor, mass: Tensor, options: Mapping[str, object]
+) -> str | None:
+    """What a call would have to be for this implementation to serve it; None: it can."""
+    for name, absent in _ABSENT.items():
+        value = options.get(name, absent)
+        if value is not None and value is not absent:
+            return f"no {name}: call it without"
+    tensors = (x for x in (q, k, v, mass, *options.values()) if isinstance(x, Tensor))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "inputs without gradient, got one that requires it: call it under torch.no_grad()"
+    if options["dropout_p"] != 0:
+        return f"dropout_p = 0, got {options['dropout_p']}: call it with dropout_p=0"
+    if v.dtype == torch.float64:
+        return "float32, bfloat16 or float16, got torch.float64: convert the inputs"
+    if q is None or k is None or 0 in (*q.shape, *k.shape):
+        shapes = [None if x is None else tuple(x.shape) for x in (q, k)]
+        return f"no empty dimension, got q {shapes[0]}, k {shapes[1]}"
+    return None
 
 
 def _score_mod(

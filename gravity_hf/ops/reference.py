@@ -7,6 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cutoff import Cutoff
+
+# The score of a query's own key under `exclude_self`: no weight beside any other key that it sees,
+# yet above what is hidden, so that a query which sees nothing else keeps itself.
+SELF_SCORE = -1e30
+
 
 class AttentionOutput(NamedTuple):
     """`output` `[B, H, Tq, Dv]` in the dtype of `v`; `weights` `[B, H, Tq, Tk]` in float32 or
@@ -42,20 +48,46 @@ def gravity_score(
     law: str,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    *,
+    head_bias: Tensor | None = None,
+    repulsive: bool = False,
+    cutoff: Cutoff | None = None,
+    max_force: float | None = None,
 ) -> Tensor:
     """The score before softmax, from squared distances `[B, H, Tq, Tk]` and per-head `[H]` terms.
 
-    `"force"`: `M^2 a_i b_j / (d^2 + eps)`; `"power"`: `-M^2 ln(d^2 + eps) + ln b_j`.
+    `"force"`: `(+-M^2 / (d^2 + eps) + beta) a_i b_j`, at most `max_force`; `"power"`:
+    `-M^2 ln(d^2 + eps) + ln b_j`; then the cutoff's term. What a hard cutoff hides is not hidden
+    here: that is `cutoff.hidden(distance_sq)`.
     """
-    strength = mass.square()[:, None, None]
     softened = distance_sq + eps[:, None, None]
+    strength = mass.square()[:, None, None]
     if law == "power":
         score = -strength * softened.log()
-        return score if key_mass is None else score + key_mass.log().unsqueeze(-2)
-    score = strength / softened
+        if key_mass is not None:
+            score = score + key_mass.log().unsqueeze(-2)
+    else:
+        base = (-strength if repulsive else strength) / softened
+        score = force_score(base, query_mass, key_mass, head_bias, max_force)
+    return score if cutoff is None else cutoff.apply(score, distance_sq)
+
+
+def force_score(
+    base: Tensor,
+    query_mass: Tensor | None,
+    key_mass: Tensor | None,
+    head_bias: Tensor | None,
+    max_force: float | None,
+) -> Tensor:
+    """`min((base_ij + beta) a_i b_j, max_force)`, `base` `[B, H, Tq, Tk]`."""
+    score = base
+    if head_bias is not None:
+        score = score + head_bias[:, None, None]
     if query_mass is not None:
         score = score * query_mass.unsqueeze(-1)
-    return score if key_mass is None else score * key_mass.unsqueeze(-2)
+    if key_mass is not None:
+        score = score * key_mass.unsqueeze(-2)
+    return score if max_force is None else score.clamp(max=max_force)
 
 
 def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -66,25 +98,62 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return mask > torch.finfo(mask.dtype).min / 2, mask
 
 
-def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
-    """Bool `[Tq, Tk]`, aligned at the ends: row i sees keys `j <= i + Tk - Tq`."""
-    rows = torch.arange(queries, device=device)[:, None] + (keys - queries)
-    return torch.arange(keys, device=device)[None, :] <= rows
+def visible_keys(
+    queries: int,
+    keys: int,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    key_ranges: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Bool `[B|1, 1, Tq, Tk]`: what positions alone let a query see; None: every key.
+
+    Query i stands at `p = i + Tk - Tq`, so the ends of queries and keys meet.
+    """
+    if not causal and window is None and key_ranges is None:
+        return None
+    key = torch.arange(keys, device=device)
+    ahead = key - (torch.arange(queries, device=device)[:, None] + (keys - queries))
+    visible = torch.ones_like(ahead, dtype=torch.bool)
+    if causal:
+        visible = visible & (ahead <= 0)
+    if window is not None:
+        visible = visible & ((ahead if causal else ahead.abs()) < window) & (ahead > -window)
+    visible = visible[None, None]
+    if key_ranges is not None:
+        start, stop = key_ranges[:, None].unsqueeze(-2).unbind(-1)
+        visible = visible & (key >= start) & (key < stop)
+    return visible
+
+
+def own_position(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+    """Bool `[Tq, Tk]`: the key at the query's own position, `j == i + Tk - Tq`."""
+    position = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    return torch.arange(keys, device=device) == position
 
 
 def gravity_attention_reference(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
     v: Tensor,
     mass: Tensor,
     *,
-    eps: Tensor,
+    eps: Tensor | None,
     law: str = "force",
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    repulsive: bool = False,
+    cutoff: Cutoff | None = None,
+    max_force: float | None = None,
+    inverse_distance: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
+    window: int | None = None,
+    key_ranges: Tensor | None = None,
+    exclude_self: bool = False,
     dropout_p: float = 0.0,
 ) -> AttentionOutput:
     """Softmax over gravity scores, written straight from the law; memory grows with `Tq * Tk`.
@@ -92,30 +161,53 @@ def gravity_attention_reference(
     Shapes and meanings as in `gravity_hf.ops.api.gravity_attention`. A row that may attend to no
     key gives zeros.
     """
-    dtype = compute_dtype(q.dtype)
+    dtype = compute_dtype(v.dtype)
     out_dtype = v.dtype
-    groups = q.shape[1] // k.shape[1]
-    q, k, v, mass, eps = (x.to(dtype) for x in (q, k, v, mass, eps))
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if key_radius_sq is not None:
-        key_radius_sq = key_radius_sq.to(dtype).repeat_interleave(groups)
-    if query_mass is not None:
-        query_mass = query_mass.to(dtype)
-    if key_mass is not None:
-        key_mass = key_mass.to(dtype)
+    groups = mass.shape[0] // v.shape[1]
+    tensors = (q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias, inverse_distance)
+    q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias, inverse_distance = (
+        None if x is None else x.to(dtype) for x in tensors
+    )
+    v = v.repeat_interleave(groups, 1)
 
     # Under autocast a product would be rounded to half precision, whatever its operands are.
-    with torch.autocast(q.device.type, enabled=False):
-        distance_sq = squared_distance(q, k, key_radius_sq)
-        score = gravity_score(distance_sq, mass, eps, law, query_mass, key_mass)
-        allowed = None
+    with torch.autocast(v.device.type, enabled=False):
+        hidden = None
+        if inverse_distance is not None:
+            strength = mass.square()[:, None, None]
+            base = (-strength if repulsive else strength) * inverse_distance
+            base = base.expand(v.shape[0], *base.shape)
+            score = force_score(base, query_mass, key_mass, head_bias, max_force)
+        else:
+            if key_radius_sq is not None:
+                key_radius_sq = key_radius_sq.repeat_interleave(groups)
+            distance_sq = squared_distance(q, k.repeat_interleave(groups, 1), key_radius_sq)
+            score = gravity_score(
+                distance_sq,
+                mass,
+                eps,
+                law,
+                query_mass,
+                key_mass,
+                head_bias=head_bias,
+                repulsive=repulsive,
+                cutoff=cutoff,
+                max_force=max_force,
+            )
+            hidden = None if cutoff is None else cutoff.hidden(distance_sq)
+        queries, keys = score.shape[-2:]
+        allowed = visible_keys(
+            queries, keys, causal=causal, window=window, key_ranges=key_ranges, device=v.device
+        )
+        if hidden is not None:
+            allowed = ~hidden if allowed is None else allowed & ~hidden
         if mask is not None:
-            allowed, bias = split_mask(mask)
+            attend, bias = split_mask(mask)
             if bias is not None:
-                score = score + bias.masked_fill(~allowed, 0.0).to(dtype)
-        if causal:
-            triangle = causal_mask(q.shape[2], k.shape[2], q.device)
-            allowed = triangle if allowed is None else allowed & triangle
+                score = score + bias.masked_fill(~attend, 0.0).to(dtype)
+            allowed = attend if allowed is None else allowed & attend
+        if exclude_self:
+            score = score.masked_fill(own_position(queries, keys, v.device), SELF_SCORE)
         if allowed is None:
             weights = score.softmax(-1)
         else:

@@ -9,20 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blockwise import Problem, attention_backward, attention_forward
+from .blockwise import DIFFERENTIABLE, attention_backward, attention_forward
+from .problem import Problem
 
-# Fields of `blockwise.Problem`, in its order.
+# Fields of `problem.Problem`, in its order.
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor strength, Tensor floor, Tensor? key_term, Tensor? mask, "
-    "Tensor? seed, str law, bool causal, float dropout_p"
+    "Tensor? q, Tensor? k, Tensor v, Tensor strength, Tensor? eps, Tensor? offset, "
+    "Tensor? key_term, Tensor? radius_sq, Tensor? table, Tensor? mask, Tensor? key_ranges, "
+    "Tensor? seed, str law, bool causal, int? window, bool exclude_self, str? cutoff, "
+    "float cutoff_width, float? max_force, float dropout_p"
 )
-_KEY_TERM, _MASK, _COUNT = 5, 6, 11
+_ALL = _ARGUMENTS.count(",") + 1
+_TENSORS = _ARGUMENTS.count("Tensor")
+_COUNT = len(DIFFERENTIABLE)
 
 torch.library.define("gravity_hf::attention", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define(
     "gravity_hf::attention_backward",
-    f"(Tensor grad, {_ARGUMENTS}, bool mask_needs_grad) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_ARGUMENTS}, bool mask_needs_grad) -> ({', '.join(['Tensor'] * _COUNT)})",
 )
 
 
@@ -39,34 +43,35 @@ def _attention_backward(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("gravity_hf::attention")
-def _attention_shape(q: Tensor, k: Tensor, v: Tensor, *arguments: object) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[3])
+def _attention_shape(*arguments: object) -> Tensor:
+    problem = Problem(*arguments)
+    return problem.per_query(problem.v.shape[3])
 
 
 @torch.library.register_fake("gravity_hf::attention_backward")
 def _attention_backward_shapes(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     *problem, mask_needs_grad = arguments
-    shapes = [tensor.shape for tensor in problem[:_KEY_TERM]]
-    key_term, mask = problem[_KEY_TERM], problem[_MASK]
-    shapes.append((0,) if key_term is None else key_term.shape)
-    results = [grad.new_empty(shape) for shape in shapes]
-    if mask is not None and mask_needs_grad:
-        return (*results, torch.empty_like(mask, memory_format=torch.contiguous_format))
-    return (*results, grad.new_empty(0))
+    results = []
+    for name, tensor in zip(DIFFERENTIABLE, problem, strict=False):
+        if tensor is None or (name == "mask" and not mask_needs_grad):
+            results.append(grad.new_empty(0))
+        else:
+            results.append(torch.empty_like(tensor, memory_format=torch.contiguous_format))
+    return tuple(results)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[: _MASK + 2])
-    ctx.options = inputs[_MASK + 2 :]
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
 
 
 def _gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[: _MASK + 1]
+    needed = ctx.needs_input_grad[:_COUNT]
     results = torch.ops.gravity_hf.attention_backward(
-        grad, *ctx.saved_tensors, *ctx.options, needed[_MASK]
+        grad, *ctx.saved_tensors, *ctx.options, needed[DIFFERENTIABLE.index("mask")]
     )
     results = [result if need else None for result, need in zip(results, needed, strict=True)]
-    return (*results, *[None] * (_COUNT - len(results)))
+    return (*results, *[None] * (_ALL - _COUNT))
 
 
 def _no_second_gradient(*_: object) -> None:

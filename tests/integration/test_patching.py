@@ -18,6 +18,7 @@ from gravity_hf import (
     unpatch_gravity,
 )
 from gravity_hf.integration.hosts import gravity_modules
+from gravity_hf.ops.api import explain_implementation
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -234,6 +235,16 @@ def test_status_tells_what_is_patched_and_how():
     assert status.patched and status.implementation == "chunked" and status.parameters == 18
     assert status.layers == tuple(f"model.layers.{i}.self_attn" for i in range(3))
     assert "law force, distance euclidean, not calibrated" in str(status)
+    assert "implementation chunked: as the settings name it" in str(status)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_status_tells_what_auto_means_where_the_model_is(device):
+    model = patch_with_gravity(tiny_host("qwen2").to(device, torch.bfloat16))
+    status = gravity_status(model)
+    expected = explain_implementation(torch.device(device), torch.bfloat16)
+    assert (status.implementation, status.reason) == expected
+    assert status.config.implementation == "auto" and status.reason in str(status)
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])

@@ -8,10 +8,30 @@ import torch
 from torch import Tensor
 
 from gravity_hf.config import EPSILON_FLOOR
-from gravity_hf.ops.reference import gravity_attention_reference
+from gravity_hf.ops.cutoff import Cutoff
+from gravity_hf.ops.reference import gravity_attention_reference, squared_distance
 
-LEAVES = ("q", "k", "v", "mass", "eps", "key_radius_sq", "query_mass", "key_mass")
 FAMILIES = ("random", "near", "collision", "far", "tiny_eps", "dominating_mass", "equal_keys")
+
+# What a call adds to the plain law: inputs, then options.
+TERMS = {
+    "bias": ({"head_bias": True}, {}),
+    "repulsive": ({"head_bias": True}, {"repulsive": True}),
+    "max_force": ({"head_bias": True}, {"max_force": 0.3}),
+    "hard": ({"radius": True}, {"cutoff": "hard"}),
+    "soft": ({"radius": True}, {"cutoff": "soft"}),
+    "log": ({"radius": True}, {"cutoff": "log"}),
+    "hard-power": ({"radius": True, "law": "power"}, {"cutoff": "hard"}),
+    "log-power": ({"radius": True, "law": "power"}, {"cutoff": "log"}),
+    "exclude_self": ({}, {"exclude_self": True}),
+    "exclude_self-power": ({"law": "power"}, {"exclude_self": True}),
+    "ngt": (
+        {"radius": True, "head_bias": True},
+        {"cutoff": "hard", "repulsive": True, "exclude_self": True},
+    ),
+    "lgt": ({"table": True}, {"max_force": 2.0}),
+    "table": ({"table": True, "head_bias": True}, {"repulsive": True, "exclude_self": True}),
+}
 
 
 def make_inputs(
@@ -25,11 +45,18 @@ def make_inputs(
     value_width: int | None = None,
     lifted: bool = False,
     token_masses: bool = False,
+    head_bias: bool = False,
+    radius: bool = False,
+    table: bool = False,
     law: str = "force",
     family: str = "random",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of the operator in float64; see `FAMILIES` for what is special about each."""
+    """Arguments of the operator in float64; see `FAMILIES` for what is special about each.
+
+    radius: of a cutoff, which leaves each head about half of the pairs; `run` takes its kind.
+    table: `inverse_distance` in the place of q, k, eps and key_radius_sq.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -62,6 +89,19 @@ def make_inputs(
         inputs["key_mass"] = 0.2 + uniform(batch, heads, keys)
         if law == "force":
             inputs["query_mass"] = normal(batch, heads, queries)
+    if head_bias:
+        inputs["head_bias"] = normal(heads)
+    if radius:
+        groups = heads // key_heads
+        lifted_sq = inputs["key_radius_sq"].repeat_interleave(groups) if lifted else None
+        k = inputs["k"].repeat_interleave(groups, 1)
+        distance_sq = squared_distance(inputs["q"], k, lifted_sq).transpose(0, 1).flatten(1)
+        middle = distance_sq.median(1).values
+        inputs["radius"] = (middle * (0.8 + 0.4 * uniform(heads)) + 0.1).sqrt()
+    if table:
+        for name in ("q", "k", "eps", "key_radius_sq"):
+            inputs.pop(name, None)
+        inputs["inverse_distance"] = 1 / (0.2 + normal(queries, keys).square())
     return inputs
 
 
@@ -71,9 +111,21 @@ def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {n: x.to(dtype if n in ("q", "k", "v") else small) for n, x in inputs.items()}
 
 
-def run(implementation: Any, inputs: dict[str, Any], **options: Any) -> Tensor:
+def run(
+    implementation: Any,
+    inputs: dict[str, Any],
+    *,
+    cutoff: str | None = None,
+    width: float = 1.0,
+    **options: Any,
+) -> Tensor:
+    """`cutoff`: the kind of one whose radius is among the inputs; `width`: its width."""
     arguments = dict(inputs)
-    tensors = [arguments.pop(name) for name in ("q", "k", "v", "mass")]
+    tensors = [arguments.pop(name, None) for name in ("q", "k", "v", "mass")]
+    arguments.setdefault("eps", None)
+    radius = arguments.pop("radius", None)
+    if cutoff is not None:
+        arguments["cutoff"] = Cutoff(radius, cutoff, width)
     result = implementation(*tensors, **arguments, **options)
     return result.output if implementation is gravity_attention_reference else result
 
@@ -94,6 +146,22 @@ def values_and_gradients(
         wanted["mask"] = mask
     gradients = torch.autograd.grad(output, list(wanted.values()), direction.to(output))
     return {"output": output.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def packed_ranges(*lengths: int) -> Tensor:
+    """Key ranges `[1, T, 2]` of documents of these lengths."""
+    rows, start = [], 0
+    for length in lengths:
+        rows += [[start, start + length]] * length
+        start += length
+    return torch.tensor([rows], dtype=torch.int32)
+
+
+def padding_ranges(batch: int, keys: int, side: str) -> Tensor:
+    """Key ranges `[B, 1, 2]` that hide what `padding_mask` hides."""
+    hidden = [row * keys // 3 for row in range(batch)]
+    rows = [[x, keys] if side == "left" else [0, keys - x] for x in hidden]
+    return torch.tensor(rows, dtype=torch.int32)[:, None]
 
 
 def padding_mask(batch: int, keys: int, side: str) -> Tensor:

@@ -227,10 +227,13 @@ def test_opcheck(law):
     strength = inputs["mass"].square()[None, :, None]
     mask = torch.randn(1, 1, 5, 6).double()
     tensors = [query, key, inputs["v"], strength, inputs["eps"], inputs["key_mass"], mask]
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    operator = torch.ops.gravity_hf.attention.default
-    torch.library.opcheck(operator, (*leaves, None, law, True, 0.0))
-    torch.library.opcheck(operator, (*leaves[:5], None, None, torch.tensor([3]), law, False, 0.5))
+    *leaves, key_mass, mask = (x.detach().requires_grad_() for x in tensors)
+    operator, seed = torch.ops.gravity_hf.attention.default, torch.tensor([3])
+    rules = (None, False, None, 1.0, None)
+    arguments = (*leaves, None, key_mass, None, None, mask, None, None, law, True, *rules, 0.0)
+    torch.library.opcheck(operator, arguments)
+    arguments = (*leaves, *[None] * 6, seed, law, False, *rules, 0.5)
+    torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("queries", [1, 16])

@@ -5,6 +5,7 @@ import torch
 from helpers import assert_within_budget
 from ops.operator_cases import FAMILIES, cast, make_inputs, padding_mask, run
 
+from gravity_hf.ops.cutoff import Cutoff
 from gravity_hf.ops.flex import gravity_attention_flex
 from gravity_hf.ops.reference import gravity_attention_reference
 
@@ -68,12 +69,22 @@ def test_leaves_that_require_grad_are_served_without_grad():
         ({"dropout_p": 0.1}, "dropout_p = 0, got 0.1"),
         ({name: make_inputs()[name] for name in "qkv"}, "got torch.float64"),
         ({"q": torch.ones(2, 4, 0, 6)}, "no empty dimension"),
+        ({"head_bias": torch.ones(4)}, "no head_bias"),
+        ({"repulsive": True}, "no repulsive"),
+        ({"cutoff": Cutoff(torch.ones(4), "log")}, "no cutoff"),
+        ({"max_force": 2.0}, "no max_force"),
+        ({"inverse_distance": torch.ones(9, 11), "q": None, "k": None}, "no inverse_distance"),
+        ({"window": 3}, "no window"),
+        ({"key_ranges": torch.ones(1, 1, 2).int()}, "no key_ranges"),
+        ({"exclude_self": True}, "no exclude_self"),
     ],
-    ids=["grad", "dropout", "float64", "empty"],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_refusals_say_what_to_do(changes, message):
+    arguments = {**cast(make_inputs(), torch.float32), **changes}
+    tensors = [arguments.pop(name) for name in ("q", "k", "v", "mass")]
     with pytest.raises(ValueError, match=message):
-        run(gravity_attention_flex, {**cast(make_inputs(), torch.float32), **changes})
+        gravity_attention_flex(*tensors, **arguments)
 
 
 @pytest.mark.gpu

@@ -117,3 +117,58 @@ def test_inverse_square_weights_of_the_power_law_at_mass_one(impl, size):
     weights = 1 / (distance + inputs["eps"][:, None, None])
     expected = weights / weights.sum(-1, keepdim=True) @ v
     close(run(gravity_attention, inputs, law="power", impl=impl), expected)
+
+
+@IMPLEMENTATIONS
+@few
+@given(size=sizes, causal=st.booleans())
+def test_rules_and_limits_that_bind_nothing_change_nothing(impl, size, causal):
+    inputs = make_inputs(**size)
+    options = {"law": size["law"], "impl": impl, "causal": causal}
+    expected = run(gravity_attention, inputs, **options)
+    keys = size["keys"]
+    loose = {"window": keys + size["queries"], "key_ranges": torch.tensor([[[0, keys]]]).int()}
+    if size["law"] == "force":
+        loose["max_force"] = 1e6
+        inputs["head_bias"] = torch.zeros(4).double()
+    inputs["radius"] = torch.full((4,), 1e3).double()
+    close(run(gravity_attention, inputs, cutoff="hard", **loose, **options), expected)
+
+
+@IMPLEMENTATIONS
+@few
+@given(size=sizes)
+def test_excluding_itself_a_query_forgets_its_own_value(impl, size):
+    """Only where it sees no other key does it keep itself."""
+    inputs = make_inputs(**{**size, "queries": size["keys"]})
+    options = {"law": size["law"], "impl": impl, "causal": True, "exclude_self": True}
+    expected = run(gravity_attention, inputs, **options)
+    close(expected[:, :, 0], inputs["v"][:, :, 0].repeat_interleave(2, 1))
+    last = size["keys"] - 1
+    inputs["v"][:, :, last] += 100
+    actual = run(gravity_attention, inputs, **options)
+    close(actual[:, :, 1:], expected[:, :, 1:])
+
+
+@IMPLEMENTATIONS
+@few
+@given(size=sizes)
+def test_repulsion_is_attraction_of_the_opposite_sign(impl, size):
+    inputs = make_inputs(**{**size, "law": "force"}, table=True)
+    opposite = {**inputs, "inverse_distance": -inputs["inverse_distance"]}
+    expected = run(gravity_attention, opposite, impl=impl)
+    close(run(gravity_attention, inputs, impl=impl, repulsive=True), expected)
+
+
+@IMPLEMENTATIONS
+@few
+@given(size=sizes, epsilon=st.floats(0.05, 2))
+def test_a_table_of_the_distances_equals_the_distances(impl, size, epsilon):
+    inputs = make_inputs(**{**size, "law": "force", "batch": 1}, heads=2, key_heads=1)
+    inputs["q"][:, 1] = inputs["q"][:, 0]
+    inputs["eps"] = torch.full((2,), epsilon).double()
+    expected = run(gravity_attention, inputs, impl=impl, causal=True)
+    distance_sq = (inputs["q"][0, 0, :, None] - inputs["k"][0, 0]).square().sum(-1)
+    table = {name: x for name, x in inputs.items() if name not in ("q", "k", "eps")}
+    table["inverse_distance"] = 1 / (distance_sq + epsilon)
+    close(run(gravity_attention, table, impl=impl, causal=True), expected)

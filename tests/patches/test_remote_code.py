@@ -50,6 +50,9 @@ CASES = {
     "bert_untied": ("bert", {"tie_word_embeddings": False}, 1.0),
 }
 
+# What an export may name for the library's use; the file beside it has one way to compute.
+NAMED = {"qwen2_triton": "triton", "qwen2_flex": "flex"}
+
 
 def build(case):
     family, options, softness = CASES[case]
@@ -67,8 +70,10 @@ def build(case):
 def exports(tmp_path_factory):
     root = tmp_path_factory.mktemp("exports")
     folders = []
-    for case in CASES:
-        model, inputs = build(case)
+    for case in [*CASES, *NAMED]:
+        model, inputs = build("qwen2" if case in NAMED else case)
+        if case in NAMED:
+            model.config.gravity["implementation"] = NAMED[case]
         model.save_pretrained(root / case)
         safetensors.torch.save_file(inputs, root / case / "inputs")
         folders.append(str(root / case))
@@ -94,6 +99,13 @@ def test_an_export_gives_the_same_logits_without_the_library(case, exports):
     assert_within_budget("remote", remote["logits"][real], exact[real], peer[real], factor=3)
     assert_within_budget("library", ours[real], exact[real], peer[real], factor=3)
     assert torch.equal(remote["again"], remote["logits"])
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_an_implementation_that_the_export_names_is_no_matter_without_the_library(case, exports):
+    named, plain = (safetensors.torch.load_file(exports / c / "remote") for c in (case, "qwen2"))
+    assert torch.equal(named["logits"], plain["logits"])
+    assert torch.equal(named["generated"], plain["generated"])
 
 
 def test_generation_without_the_library_gives_the_same_text(exports):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,72 @@ def test_one_seed_has_no_spread(tables):
 def test_an_unknown_table_is_an_error(tables):
     with pytest.raises(ValueError, match="got 'nothing'"):
         tables.with_tables("<!-- table: nothing -->\n<!-- end of table -->")
+
+
+KNOWN = {
+    "device": "NVIDIA H200",
+    "versions": {"torch": "2.11", "triton": "3.6", "cudnn": 91002},
+    "commit": "0123456789abcdef",
+    "date": "2026-11-26T00:00:00+00:00",
+}
+
+
+def bench_row(provider, law, work, time, memory, **changes):
+    row = {"provider": provider, "law": law, "distance": "euclidean", "pass": work}
+    row |= {"launch": "eager", "batch": 4, "heads": 16, "kv_heads": 2, "keys": 4096, "width": 128}
+    return {**row, "dtype": "bfloat16", "p50_ms": time, "extra_mib": memory, "note": "", **changes}
+
+
+def target(name, subject, measured, verdict, aim="<= 1.1"):
+    bounds = {"at_least": "<= 1.45", "aim": aim}
+    return {"name": name, "subject": subject, "measured": measured, "verdict": verdict, **bounds}
+
+
+def write_benchmarks(folder, rows):
+    with (folder / "kernels_table.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [
+        target("forward / SDPA", "force", 1.2345, "met"),
+        target("forward / SDPA", "power", None, "not measured"),
+    ]
+    attention = {"conditions": KNOWN, "targets": lines}
+    training = {"conditions": KNOWN, "targets": [target("step", "force", 1.2, "met", aim="")]}
+    (folder / "kernels_table.json").write_text(json.dumps(attention), encoding="utf-8")
+    (folder / "training_step.json").write_text(json.dumps(training), encoding="utf-8")
+
+
+def test_kernels_show_times_targets_and_where_they_were_measured(tables, tmp_path):
+    rows = [
+        bench_row("sdpa", "dot", "forward", 0.511234, 0.5, distance="-"),
+        bench_row("sdpa", "dot", "backward", 1.53, 128.2, distance="-"),
+        bench_row("gravity_triton", "force", "forward", 0.7, 1.0),
+        bench_row("gravity_triton", "power", "backward", "", "", note="gate, backward: dq"),
+        bench_row("gravity_triton", "force", "forward", 9.9, 1.0, keys=2048, width=64),
+        bench_row("gravity_triton", "force", "forward", 8.8, 1.0, launch="graph"),
+    ]
+    write_benchmarks(tmp_path, rows)
+    lines = tables.kernels(tmp_path).splitlines()
+    assert "bfloat16, batch 4, 16 heads (2 KV) of 128, 4096 tokens" in lines[0]
+    assert "| SDPA, torch's choice | 0.511 ms | 0 MiB | 1.53 ms | 128 MiB |" in lines
+    assert "| gravity, triton, force | 0.7 ms | 1 MiB | – | – |" in lines
+    # A row that failed stays, and a target that was not measured is the verdict.
+    assert "| gravity, triton, power | – | – | – | – |" in lines
+    assert "| forward / SDPA | <= 1.45 | <= 1.1 | force: 1.23; power: – | not measured |" in lines
+    assert "| step | <= 1.45 | – | force: 1.2 | met |" in lines
+    assert lines[-1].startswith("NVIDIA H200, torch 2.11, Triton 3.6, cuDNN 91002, commit 01234")
+    assert sum(line.startswith("NVIDIA") for line in lines) == 1
+
+
+def test_a_table_without_its_file_is_an_error(tables, tmp_path):
+    with pytest.raises(FileNotFoundError, match="kernels_table.csv"):
+        tables.kernels(tmp_path)
+
+
+def test_cpu_cost_reads_the_benchmark_of_a_cpu(tables, tmp_path):
+    rows = [bench_row("gravity_chunked", "force", "forward", 196.4, 15.2, keys=8192)]
+    write_benchmarks(tmp_path, rows)
+    (tmp_path / "kernels_table.csv").rename(tmp_path / "cpu_float32.csv")
+    (tmp_path / "kernels_table.json").rename(tmp_path / "cpu_float32.json")
+    assert "| gravity, chunked, force | 196 ms | 15 MiB | – | – |" in tables.cpu_cost(tmp_path)

@@ -1,0 +1,162 @@
+"""What `gravity_attention` refuses, before anything is computed. Reads shapes and dtypes only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..config import IMPLEMENTATIONS, LAWS
+from .cutoff import Cutoff
+
+# Terms that have no meaning under the power law; under it the queries' masses would cancel.
+_FORCE_ONLY = ("query_mass", "head_bias", "repulsive", "max_force", "inverse_distance")
+
+
+class _Sizes(NamedTuple):
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+
+
+def check_call(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor,
+    mass: Tensor,
+    options: Mapping[str, Any],
+    cu_seqlens: Tensor | None,
+    impl: str,
+) -> None:
+    """Raise ValueError for what does not fit. `options`: the keyword arguments of
+    `gravity_attention` by name, without `cu_seqlens` and `impl`."""
+    law, dropout_p = options["law"], options["dropout_p"]
+    _expect(law in LAWS, "law", f"one of {list(LAWS)}", law)
+    _expect(impl in IMPLEMENTATIONS, "impl", f"one of {list(IMPLEMENTATIONS)}", impl)
+    _expect(0.0 <= dropout_p < 1.0, "dropout_p", "a number in [0, 1)", dropout_p)
+    if options["inverse_distance"] is None:
+        sizes = _check_vectors(q, k, v, mass, options["eps"])
+    else:
+        sizes = _check_table(q, k, v, mass, options)
+    _check_terms(sizes, options)
+    _check_visible(sizes, options, cu_seqlens)
+
+
+def _check_vectors(
+    q: Tensor | None, k: Tensor | None, v: Tensor, mass: Tensor, eps: float | Tensor | None
+) -> _Sizes:
+    if q is None or k is None:
+        got = "None: give q and k, or inverse_distance instead of both"
+        _refuse("q" if q is None else "k", "a tensor [B, H, T, D]", got)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _expect_values(name, tensor)
+        _expect(tensor.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", tensor.dtype)
+    batch, heads, queries, width = q.shape
+    _, kv_heads, keys, _ = k.shape
+    fits = k.shape[0] == batch and k.shape[3] == width and heads % kv_heads == 0
+    _expect(fits, "k", f"[{batch}, a divisor of {heads}, Tk, {width}]", tuple(k.shape))
+    fits = v.shape[:3] == k.shape[:3]
+    _expect(fits, "v", f"[{batch}, {kv_heads}, {keys}, Dv]", tuple(v.shape))
+    _expect(mass.shape == (heads,), "mass", f"[{heads}]", tuple(mass.shape))
+    if isinstance(eps, Tensor):
+        _expect(eps.shape == (heads,), "eps", f"a number or [H] = [{heads}]", tuple(eps.shape))
+    else:
+        _expect(eps is not None and eps > 0, "eps", "a positive number or [H]", eps)
+    return _Sizes(batch, heads, kv_heads, queries, keys)
+
+
+def _check_table(
+    q: Tensor | None, k: Tensor | None, v: Tensor, mass: Tensor, options: Mapping[str, Any]
+) -> _Sizes:
+    distance = {"q": q, "k": k, **{x: options[x] for x in ("eps", "key_radius_sq", "cutoff")}}
+    for name, value in distance.items():
+        _expect(value is None, name, "None beside inverse_distance, which replaces it", value)
+    _expect_values("v", v)
+    batch, kv_heads, keys, _ = v.shape
+    fits = mass.dim() == 1 and mass.shape[0] % kv_heads == 0
+    _expect(fits, "mass", f"[H], H a multiple of v's {kv_heads} heads", tuple(mass.shape))
+    table = options["inverse_distance"]
+    fits = table.dim() == 2 and table.shape[1] == keys and table.is_floating_point()
+    got = f"{table.dtype} {tuple(table.shape)}"
+    _expect(fits, "inverse_distance", f"a floating [Tq, {keys}]", got)
+    return _Sizes(batch, mass.shape[0], kv_heads, table.shape[0], keys)
+
+
+def _check_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
+    per_head = (sizes.heads,)
+    shapes = {
+        "key_radius_sq": ((sizes.kv_heads,), f"[{sizes.kv_heads}]"),
+        "query_mass": ((sizes.batch, sizes.heads, sizes.queries), "[B, H, Tq]"),
+        "key_mass": ((sizes.batch, sizes.heads, sizes.keys), "[B, H, Tk]"),
+        "head_bias": (per_head, f"[{sizes.heads}]"),
+    }
+    for name, (shape, words) in shapes.items():
+        tensor = options[name]
+        if tensor is not None:
+            _expect(tensor.shape == shape, name, words, tuple(tensor.shape))
+    if options["law"] != "force":
+        for name in _FORCE_ONLY:
+            given = options[name] is not None and options[name] is not False
+            _expect(not given, name, "law='force', which alone has it", options["law"])
+    limit = options["max_force"]
+    if limit is not None:
+        finite = not isinstance(limit, bool) and -math.inf < limit < math.inf
+        _expect(finite, "max_force", "a finite number", limit)
+    cutoff = options["cutoff"]
+    if cutoff is not None:
+        _expect(isinstance(cutoff, Cutoff), "cutoff", "a gravity_hf.ops.cutoff.Cutoff", cutoff)
+        shape = tuple(cutoff.radius.shape)
+        _expect(shape == per_head, "cutoff.radius", f"[{sizes.heads}]", shape)
+        fits = cutoff.kind != "soft" or options["law"] == "force"
+        _expect(fits, "cutoff", "kind 'hard' or 'log' under law='power'", cutoff.kind)
+
+
+def _check_visible(sizes: _Sizes, options: Mapping[str, Any], cu_seqlens: Tensor | None) -> None:
+    batch, _, _, queries, keys = sizes
+    mask, window, ranges = options["mask"], options["window"], options["key_ranges"]
+    if mask is not None:
+        dtype_fits = mask.dtype == torch.bool or mask.is_floating_point()
+        _expect(dtype_fits, "mask", "bool (True = attend) or float (added)", mask.dtype)
+        full = (batch, sizes.heads, queries, keys)
+        # Written out: `in` does not compare the symbolic lengths of a compiled graph.
+        tail = full[len(full) - mask.dim() :]
+        pairs = zip(mask.shape, tail, strict=True)
+        fits = mask.dim() <= 4 and all(m == 1 or m == f for m, f in pairs)
+        _expect(fits, "mask", f"broadcastable to {full}", tuple(mask.shape))
+    if window is not None:
+        fits = isinstance(window, int) and not isinstance(window, bool) and window >= 1
+        _expect(fits, "window", "a number of keys, an integer >= 1", window)
+    if ranges is not None:
+        one = ranges.dtype == torch.int32 and ranges.dim() == 3 and ranges.shape[2] == 2
+        fits = one and (ranges.shape[0] == 1 or ranges.shape[0] == batch)
+        fits = fits and (ranges.shape[1] == 1 or ranges.shape[1] == queries)
+        got = f"{ranges.dtype} {tuple(ranges.shape)}"
+        _expect(fits, "key_ranges", f"int32 [1 or {batch}, 1 or {queries}, 2]", got)
+    if cu_seqlens is not None:
+        fits = cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1
+        fits = fits and cu_seqlens.shape[0] > 0
+        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        _expect(fits, "cu_seqlens", "int32 [documents + 1]", got)
+        _expect(ranges is None, "cu_seqlens", "no key_ranges beside it", "both: give one of them")
+        fits = batch == 1 and queries == keys
+        got = f"B = {batch}, Tq = {queries}, Tk = {keys}: use key_ranges there"
+        _expect(fits, "cu_seqlens", "B = 1 and Tq = Tk (documents packed into one row)", got)
+
+
+def _expect_values(name: str, tensor: Tensor) -> None:
+    _expect(tensor.dim() == 4, name, "4 dimensions [B, H, T, D]", tuple(tensor.shape))
+    _expect(tensor.is_floating_point(), name, "a floating dtype", tensor.dtype)
+
+
+def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        _refuse(name, expected, got)
+
+
+def _refuse(name: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"gravity_attention: {name}: expected {expected}, got {got}")

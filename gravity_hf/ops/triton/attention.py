@@ -1,0 +1,79 @@
+"""The Triton implementation behind `gravity_attention`: tensors as the kernels take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .op import attention
+
+
+def gravity_attention_triton(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor,
+    mass: Tensor,
+    *,
+    eps: Tensor | None,
+    law: str = "force",
+    key_radius_sq: Tensor | None = None,
+    query_mass: Tensor | None = None,
+    key_mass: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    repulsive: bool = False,
+    cutoff: Any = None,
+    max_force: float | None = None,
+    inverse_distance: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    key_ranges: Tensor | None = None,
+    exclude_self: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Same numbers as `gravity_attention_reference`, in tiles that never leave the processor.
+
+    Shapes and meanings as in `gravity_hf.ops.api.gravity_attention`. First derivatives for all
+    tensors but the mask. Products take q, k, v as they are; weights are rounded to the dtype of v
+    before their product with v, as in every fused kernel; everything between is float32. Calls with
+    few queries and no gradient go to the decoding kernel. Memory is linear in length.
+    """
+    strength = mass.float().square()
+    eps, key_radius_sq, query_mass, head_bias, table = (
+        None if x is None else x.float().contiguous()
+        for x in (eps, key_radius_sq, query_mass, head_bias, inverse_distance)
+    )
+    key_term = None
+    if key_mass is not None:
+        key_mass = key_mass.float()
+        key_term = (key_mass.log() if law == "power" else key_mass).contiguous()
+    # Drawn on the device, from torch's own generator: manual_seed, checkpointing's replay and
+    # captured graphs all reach the dropout.
+    seed = torch.randint(2**62, (1,), device=v.device) if dropout_p > 0 else None
+    return attention(
+        q,
+        k,
+        v,
+        strength,
+        eps,
+        key_radius_sq,
+        query_mass,
+        key_term,
+        head_bias,
+        None if cutoff is None else cutoff.radius.float().contiguous(),
+        table,
+        mask,
+        None if key_ranges is None else key_ranges.contiguous(),
+        seed,
+        law,
+        causal,
+        window or 0,
+        exclude_self,
+        repulsive,
+        "none" if cutoff is None else cutoff.kind,
+        1.0 if cutoff is None else float(cutoff.width),
+        float("inf") if max_force is None else float(max_force),
+        float(dropout_p),
+    )

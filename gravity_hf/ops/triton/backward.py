@@ -1,0 +1,84 @@
+"""Gradients of one call.
+
+Queries and keys each have a kernel that computes the weights again, so that nothing is added
+atomically and every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .gradients import gather_inputs
+from .key_gradients import key_gradients
+from .problem import Problem
+from .query_gradients import (
+    BIAS,
+    DISTANCE,
+    QUERY_MASS,
+    RADIUS,
+    SOFTENING,
+    STRENGTH,
+    query_gradients,
+)
+from .table_gradients import table_gradients
+
+
+class Gradients(NamedTuple):
+    """Of the tensors of a `Problem`; None where there is no tensor. All but the first three are
+    float32."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor
+    strength: Tensor
+    eps: Tensor | None
+    key_radius_sq: Tensor | None
+    query_mass: Tensor | None
+    key_term: Tensor | None
+    head_bias: Tensor | None
+    radius: Tensor | None
+    table: Tensor | None
+
+
+def backward(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    sums: bool,
+    sizes: dict | None = None,
+) -> Gradients:
+    """Gradients of everything. `lse` `[B, H, T']` comes from `forward`, `T'` being `Tq`
+    rounded up to 4. Without `sums` only q, k, v and key_term get theirs."""
+    inputs = gather_inputs(problem, out, lse, grad)
+    sizes = sizes or {}
+    grad_q, row_sums = query_gradients(problem, inputs, sums, sizes.get("query"))
+    grad_k, grad_v, grad_key_term = key_gradients(problem, inputs, sizes.get("key"))
+    grad_table = table_gradients(problem, inputs) if problem.table is not None and sums else None
+    if not sums:
+        empty = [None] * 3
+        return Gradients(grad_q, grad_k, grad_v, None, None, None, None, grad_key_term, *empty)
+
+    def per_head(plane: int) -> Tensor:
+        return row_sums[plane].sum((0, 2))
+
+    grad_radius = grad_radius_sq = None
+    if problem.radius is not None:
+        grad_radius = per_head(RADIUS.value) * 2.0 * problem.radius
+    if problem.key_radius_sq is not None:
+        grad_radius_sq = per_head(DISTANCE.value).unflatten(0, (problem.kv_heads, -1)).sum(1)
+    return Gradients(
+        q=grad_q,
+        k=grad_k,
+        v=grad_v,
+        strength=per_head(STRENGTH.value),
+        eps=None if problem.eps is None else per_head(SOFTENING.value),
+        key_radius_sq=grad_radius_sq,
+        query_mass=None if problem.query_mass is None else row_sums[QUERY_MASS.value].clone(),
+        key_term=grad_key_term,
+        head_bias=None if problem.head_bias is None else per_head(BIAS.value),
+        radius=grad_radius,
+        table=grad_table,
+    )

@@ -1,0 +1,385 @@
+"""The forward kernel: one program computes BLOCK_M rows of the output of one head.
+
+Two codes for the softmax. *Bounded*: the law bounds every score of a row from both sides
+(`plain_bounds`); where the two bounds of every row in the tile are within BOUNDED_SPAN powers of
+two, weights relative to their middle can neither overflow nor vanish, and no running maximum is
+kept. *Online*: elsewhere, and for laws without bounds. Each program chooses from its head's
+parameters and its rows' norms, so the host never waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .problem import Problem, aligned, block_of, tiles, vectors
+from .score import (
+    EXCLUDED,
+    LOG2E,
+    general_scores,
+    kept_weights,
+    logarithm,
+    plain_scores,
+    power_of_two,
+    product,
+    reciprocal,
+    scaled_sum,
+    unit_of,
+)
+from .tiles import forward_tiles
+from .visible import key_span, load_mask, load_ranges, visible_pairs
+
+# 2^(span / 2) weights of 2^20 keys still fit float32, with as much room below 1.
+BOUNDED_SPAN = tl.constexpr(200.0)
+
+
+# fmt: off
+@triton.jit
+def squared_norms_kernel(
+    k, norms, padded, keys, stride_b, stride_h, stride_row, kv_heads, width, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`|k_j|^2` `[B, Hkv, Tk]` in float32."""
+    batch_head = tl.program_id(1)
+    batch, head = batch_head // kv_heads, batch_head % kv_heads
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    at = k + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    at = at + rows[:, None].to(tl.int64) * stride_row + columns[None, :]
+    inside = (rows[:, None] < keys) & (columns[None, :] < width)
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(
+        norms + batch_head.to(tl.int64) * padded + rows, tl.sum(value * value, 1), mask=rows < keys
+    )
+
+
+@triton.jit
+def plain_bounds(
+    query_sq, key_sq_max, unit, strength, eps, POWER: tl.constexpr, NATIVE: tl.constexpr,
+):
+    """Lowest and highest score that a row can have, from norms. Keys longer than `key_sq_max`
+    (lifted keys can be) lower the first, never raise the second."""
+    reach = tl.sqrt(query_sq) + tl.sqrt(key_sq_max)
+    farthest = (reach * reach + eps) / unit
+    if POWER:
+        return -strength * logarithm(farthest, NATIVE), 0.0
+    else:
+        return reciprocal(farthest, NATIVE), unit / eps
+
+
+@triton.jit
+def tile_of(pid, blocks, batch_heads, heads_together):
+    """Which block of rows and which head. Heads go in groups whose keys and values fit the cache;
+    within a group the last rows go first, as causal programs for them take longest."""
+    group_size = heads_together * blocks
+    group = pid // group_size
+    first = group * heads_together
+    together = tl.minimum(batch_heads - first, heads_together)
+    inside = pid % group_size
+    return blocks - 1 - inside // together, first + inside % together
+
+
+@triton.jit
+def attend_tiles(
+    acc, total, peak, low, high, q, k_desc, v_desc, batch, head, kv_head, batch_head,
+    batch_kv, rows, query_term, offset, slope, floor, strength, eps, key_sq, key_scale, a, key_term,
+    bias, radius_sq, width, ceiling, table, table_stride, start, stop, shift, window, queries, keys,
+    mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr,
+    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
+    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr, ONLINE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+):
+    """Adds keys `low .. high` to the running sums of a tile of rows."""
+    for first in tl.range(low, high, BLOCK_N):
+        first = tl.multiple_of(first, BLOCK_N)
+        columns = first + tl.arange(0, BLOCK_N)
+        if LAW == "table":
+            inside = (rows[:, None] < queries) & (columns[None, :] < keys)
+            at = table + rows[:, None].to(tl.int64) * table_stride + columns[None, :]
+            softened = tl.load(at, mask=inside, other=1.0).to(tl.float32)
+        else:
+            if not LIFTED:
+                norm = key_sq.load([batch_kv, first]).reshape(BLOCK_N)
+            k = k_desc.load([batch, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_D)
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            inner = product(q, k.T, zeros, PRECISION, NATIVE)
+            if LIFTED:
+                softened = inner * slope + query_term[:, None]
+            else:
+                term = scaled_sum(
+                    norm[None, :], key_scale, query_term[:, None], BLOCK_M, BLOCK_N
+                )
+                softened = inner * slope + term
+            softened = tl.maximum(softened, floor)
+        if PLAIN:
+            score = plain_scores(softened, strength, LAW == "power", NATIVE)
+        else:
+            b = 1.0
+            if HAS_B:
+                b = tl.load(key_term + columns, mask=columns < keys, other=1.0)[None, :]
+            score = general_scores(
+                softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A, HAS_B,
+                HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF,
+            )
+        if MASKED:
+            seen = visible_pairs(
+                rows[:, None], columns[None, :], columns[None, :], start[:, None], stop[:, None],
+                shift, window, queries, keys, CAUSAL, WINDOW, RANGES,
+            )
+            if MASK != "none":
+                seen, added = load_mask(
+                    mask, batch, head, rows[:, None], columns[None, :], seen, mask_b, mask_h,
+                    mask_row, mask_column, mask_lowest, MASK,
+                )
+                if MASK == "float":
+                    score += added * LOG2E
+        if EXCLUDE_SELF and MASKED:
+            score = tl.where(columns[None, :] == rows[:, None] + shift, EXCLUDED, score)
+        if CUTOFF == "hard":
+            within = softened - eps <= radius_sq
+            if MASKED:
+                within = within & seen
+            score = tl.where(within, score, -float("inf"))
+        elif MASKED and ONLINE:
+            score = tl.where(seen, score, -float("inf"))
+        if ONLINE:
+            highest = tl.maximum(peak, tl.max(score, 1))
+            # A row that has seen nothing yet: any finite number will do.
+            base = tl.where(highest == -float("inf"), 0.0, highest)
+            shrink = power_of_two(peak - base, NATIVE)
+            weight = power_of_two(score - base[:, None], NATIVE)
+            total *= shrink
+            acc *= shrink[:, None]
+            peak = highest
+        else:
+            weight = power_of_two(score - offset[:, None], NATIVE)
+            if MASKED:
+                weight = tl.where(seen, weight, 0.0)
+        total += tl.sum(weight, 1)
+        if DROPOUT:
+            weight *= kept_weights(
+                seed, dropout, batch_head, rows[:, None], columns[None, :], queries, keys
+            )
+        v = v_desc.load([batch, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_V)
+        acc = product(weight.to(v.dtype), v, acc, PRECISION, NATIVE)
+    return acc, total, peak
+
+
+@triton.jit
+def forward_kernel(
+    q_desc, k_desc, v_desc, out, lse, strength, eps, key_radius_sq, key_sq, key_sq_max,
+    query_mass, key_term, head_bias, radius, table, table_stride, width, ceiling, ranges, ranges_b,
+    ranges_row, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at, dropout, out_b,
+    out_h, out_row, batches, heads, kv_heads, queries, keys, shift, window, value_width, padded,
+    heads_together, LAW: tl.constexpr, PLAIN: tl.constexpr, BOUNDABLE: tl.constexpr,
+    LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
+    REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    DROPOUT: tl.constexpr, LSE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    blocks = tl.cdiv(queries, BLOCK_M)
+    block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
+    batch, head = batch_head // heads, batch_head % heads
+    kv_head = head // (heads // kv_heads)
+    batch_kv = batch * kv_heads + kv_head
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_valid = rows < queries
+    per_row = batch_head.to(tl.int64) * queries + rows
+    padded_row = batch_head.to(tl.int64) * padded + rows
+
+    head_strength = tl.load(strength + head)
+    head_eps = 0.0
+    unit = 1.0
+    radius_sq = 0.0
+    bias = 0.0
+    if LAW != "table":
+        head_eps = tl.load(eps + head)
+    if PLAIN:
+        unit = unit_of(head_strength, head_eps, LAW == "power")
+    if CUTOFF != "none":
+        radius_sq = tl.load(radius + head)
+        radius_sq = radius_sq * radius_sq
+    if HAS_BIAS:
+        bias = tl.load(head_bias + head)
+    a = 1.0
+    if HAS_A:
+        a = tl.load(query_mass + per_row, mask=row_valid, other=1.0)[:, None]
+    if HAS_B:
+        key_term += batch_head.to(tl.int64) * keys
+
+    offset = tl.zeros([BLOCK_M], tl.float32)
+    query_term = tl.zeros([BLOCK_M], tl.float32)
+    floor = head_eps / unit
+    bounded = 0
+    if LAW == "table":
+        q = 0.0
+    else:
+        q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, BLOCK_D)
+        wide = q.to(tl.float32)
+        query_sq = tl.sum(wide * wide, 1)
+        query_term = query_sq + head_eps
+        longest = 0.0
+        if LIFTED:
+            longest = tl.load(key_radius_sq + kv_head)
+            query_term += longest
+        else:
+            if BOUNDABLE and LAW == "power":
+                longest = tl.load(key_sq_max + batch_kv)
+        query_term = query_term / unit
+        if BOUNDABLE:
+            lowest, top = plain_bounds(
+                query_sq, longest, unit, head_strength, head_eps, LAW == "power", NATIVE
+            )
+            if LAW == "force" and not LIFTED:
+                lowest = tl.zeros([BLOCK_M], tl.float32)
+            offset = 0.5 * (lowest + top)
+            span = tl.max(tl.where(row_valid, top - lowest, 0.0), 0)
+            bounded = (span <= BOUNDED_SPAN).to(tl.int32)
+
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at)
+    start, stop = load_ranges(ranges, batch, rows, row_valid, ranges_b, ranges_row, RANGES)
+    last_row = tl.minimum(first_row + BLOCK_M, queries) - 1
+    low, full_low, full_high, high = key_span(
+        first_row, last_row, start, stop, shift, window, keys, CAUSAL, WINDOW, RANGES, MASK,
+        EXCLUDE_SELF, BLOCK_N,
+    )
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    for code in tl.static_range(2):
+        # code 0: bounded; code 1: online.
+        if code == 1 or BOUNDABLE:
+            chosen = True
+            if BOUNDABLE:
+                chosen = bounded == 1 - code
+            if chosen:
+                for part in tl.static_range(3):
+                    # Masked keys before those that every row sees, these, masked keys after them.
+                    if part > 0 or WINDOW or RANGES:
+                        part_low = low
+                        part_high = full_low
+                        if part == 1:
+                            part_low = full_low
+                            part_high = full_high
+                        if part == 2:
+                            part_low = full_high
+                            part_high = high
+                        acc, total, peak = attend_tiles(
+                            acc, total, peak, part_low, part_high, q, k_desc, v_desc, batch,
+                            head, kv_head, batch_head, batch_kv, rows, query_term, offset,
+                            -2.0 / unit, floor, head_strength, head_eps, key_sq, 1.0 / unit, a,
+                            key_term, bias, radius_sq, width, ceiling, table, table_stride, start,
+                            stop, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
+                            mask_column, mask_lowest, seed, dropout, LAW, PLAIN, LIFTED, HAS_A,
+                            HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES,
+                            MASK, EXCLUDE_SELF, DROPOUT, part != 1, code == 1, BLOCK_M,
+                            BLOCK_N, BLOCK_D, BLOCK_V, PRECISION, NATIVE,
+                        )
+    alive = total > 0
+    inverse = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
+    acc = acc * inverse[:, None]
+    columns = tl.arange(0, BLOCK_V)
+    at = out + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
+    at = at + rows[:, None].to(tl.int64) * out_row + columns[None, :]
+    inside = row_valid[:, None] & (columns[None, :] < value_width)
+    tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
+    if LSE:
+        base = peak
+        if BOUNDABLE:
+            base = tl.where(bounded == 1, offset, peak)
+        # A row that saw nothing: weights 2^(score - inf) = 0 in the backward.
+        value = tl.where(alive, base + tl.log2(tl.where(alive, total, 1.0)), float("inf"))
+        tl.store(lse + padded_row, value, mask=row_valid)
+
+
+# fmt: on
+
+
+def squared_norms(k: Tensor) -> Tensor:
+    """`|k_j|^2` `[B * N, Tk]` in float32, read once; no float32 copy of the keys is made. Rows are
+    padded to 16 bytes, for the copy engine."""
+    batch, kv_heads, keys, width = k.shape
+    padded = -(-keys // 4) * 4
+    norms = torch.empty(batch * kv_heads, padded, dtype=torch.float32, device=k.device)
+    block_d = block_of(width)
+    block = 64 if block_d <= 128 else 32
+    squared_norms_kernel[(triton.cdiv(keys, block), batch * kv_heads)](
+        k,
+        norms,
+        padded,
+        keys,
+        *k.stride()[:3],
+        kv_heads,
+        width,
+        BLOCK=block,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return norms[:, :keys]
+
+
+def forward(problem: Problem, lse: Tensor | None, sizes: dict | None = None) -> Tensor:
+    """Output `[B, H, Tq, Dv]`, laid out `[B, Tq, H, Dv]` in memory, as models go on with it.
+
+    Fills `lse` `[B, H, T']` where given, `T'` being `Tq` rounded up to 4: base-2 logarithms of the
+    sums of weights.
+    """
+    v = aligned(problem.v)
+    shape = (problem.batch, problem.queries, problem.heads, problem.width_v)
+    out = torch.empty(shape, dtype=v.dtype, device=v.device).transpose(1, 2)
+    block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
+    flags = problem.flags()
+    sizes = sizes or forward_tiles(v.dtype, max(block_d, block_v))
+    rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    v_tiles = tiles(v, columns, block_v)
+    key_sq, key_sq_max = v_tiles, problem.strength
+    if problem.table is not None:
+        q_tiles = k_tiles = v_tiles
+    else:
+        k = aligned(problem.k)
+        q_tiles = tiles(aligned(problem.q), rows, block_d)
+        k_tiles = tiles(k, columns, block_d)
+        if problem.key_radius_sq is None:
+            norms = squared_norms(k)
+            key_sq = vectors(norms, columns)
+            if problem.boundable and problem.law == "power":
+                key_sq_max = norms.amax(-1)
+    visibility = problem.visibility()
+    visibility["seed_at"] = visibility.pop("seed")
+    grid = (triton.cdiv(problem.queries, rows) * problem.batch * problem.heads,)
+    forward_kernel[grid](
+        q_tiles,
+        k_tiles,
+        v_tiles,
+        out,
+        problem.strength if lse is None else lse,
+        key_sq=key_sq,
+        key_sq_max=key_sq_max,
+        **problem.terms(),
+        **visibility,
+        **problem.sizes(),
+        **flags,
+        **sizes,
+        out_b=out.stride(0),
+        out_h=out.stride(1),
+        out_row=out.stride(2),
+        batches=problem.batch,
+        value_width=problem.width_v,
+        padded=0 if lse is None else lse.shape[2],
+        heads_together=problem.heads_together(),
+        BOUNDABLE=problem.boundable,
+        LSE=lse is not None,
+        BLOCK_D=block_d,
+        BLOCK_V=block_v,
+    )
+    return out

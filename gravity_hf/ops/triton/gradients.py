@@ -1,0 +1,223 @@
+"""What the backward kernels share: weights again, and from dL/dweight to dL/d(squared distance).
+
+`c = dL/dscore = w (G_o.v - delta)` with `delta = G_o.o`. Where a gradient is a difference
+`sum g (q - k)`, its two sums use the same rounded `g`, so that what rounding adds is proportional
+to `q - k`. Formulas: ../README.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .problem import (
+    Problem,
+    aligned,
+    block_of,
+)
+from .score import (
+    EXCLUDED,
+    LN2,
+    LOG2E,
+    general_gradients,
+    general_scores,
+    plain_scores,
+    power_of_two,
+    reciprocal,
+)
+from .visible import (
+    load_mask,
+    visible_pairs,
+)
+
+
+# fmt: off
+@triton.jit
+def delta_kernel(
+    q, out, grad, query_sq, delta, q_b, q_h, q_row, out_b, out_h, out_row, grad_b, grad_h, grad_row,
+    heads, queries, padded, head_width, value_width, HAS_Q: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):
+    """`delta_i = G_o,i . o_i` and `|q_i|^2`; padding is zero."""
+    batch_head = tl.program_id(1)
+    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wide = rows[:, None].to(tl.int64)
+    to = batch_head.to(tl.int64) * padded + rows
+    columns = tl.arange(0, BLOCK_V)[None, :]
+    inside = (rows[:, None] < queries) & (columns < value_width)
+    at = out + batch * out_b + head * out_h + wide * out_row + columns
+    o = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = grad + batch * grad_b + head * grad_h + wide * grad_row + columns
+    g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(delta + to, tl.sum(o * g, 1), mask=rows < padded)
+    if HAS_Q:
+        columns = tl.arange(0, BLOCK_D)[None, :]
+        inside = (rows[:, None] < queries) & (columns < head_width)
+        at = q + batch * q_b + head * q_h + wide * q_row + columns
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(query_sq + to, tl.sum(value * value, 1), mask=rows < padded)
+
+
+@triton.jit
+def narrow(x, like: tl.constexpr, SCALED: tl.constexpr):
+    """A tile as operand of a product, and the factor to take out again. float16 has too little
+    range for gradients of scores: its tiles are scaled by a power of two to a largest element
+    between 2^3 and 2^4."""
+    if SCALED:
+        largest = tl.max(tl.max(tl.abs(x), 1), 0)
+        exponent = tl.where(largest > 0, tl.floor(tl.log2(tl.maximum(largest, 1e-30))), 0.0)
+        scale = tl.exp2(3.0 - exponent)
+        return (x * scale).to(like), 1.0 / scale
+    else:
+        return x.to(like), 1.0
+
+
+@triton.jit
+def pair_gradients(
+    weight, grad_weight, score, softened, eps, floor, strength, factor, a, b, bias, radius_sq,
+    width, ceiling, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
+    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, NATIVE: tl.constexpr,
+):
+    """dL/d(squared distance) of every pair from weights and dL/dweight - delta; of the plain laws
+    without the factor of `plain_factor`. Clamped distances get none. Then what the sums over rows
+    and columns need: dL/dscore, dL/d(softened distance), dL/dstrength (of the plain laws instead:
+    the slope `dscore/dn`, without factor), da, db, dbias, dradius^2."""
+    c = weight * grad_weight
+    if PLAIN:
+        if LAW == "power":
+            slope = reciprocal(softened, NATIVE)
+        else:
+            slope = score * score
+        g = c * slope
+        distance = g
+        if LIFTED:
+            distance = tl.where(softened > floor, g, 0.0)
+        return distance, c, g, slope, c, c, c, c
+    else:
+        g, d_cutoff, d_strength, d_a, d_b, d_bias, d_radius = general_gradients(
+            c, softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A, HAS_B,
+            HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF,
+        )
+        distance = g
+        if CUTOFF != "none":
+            distance += d_cutoff
+        if LAW != "table":
+            distance = tl.where(softened > floor, distance, 0.0)
+        return distance, c, g, d_strength, d_a, d_b, d_bias, d_radius
+
+
+@triton.jit
+def plain_factor(strength, unit, POWER: tl.constexpr):
+    """What turns `c s^2` (force, s in units of log2 e) or `c / (n / unit)` (power) into
+    dL/d(squared distance): `-c M^2 / n^2 = -c s^2 ln 2 / unit`, and `-c M^2 / n`."""
+    if POWER:
+        return -strength / unit
+    else:
+        return -LN2 / unit
+
+
+@triton.jit
+def weights_again(
+    inner, term, lse, rows, columns, ranged, start, stop, batch, head, slope, floor, eps, strength,
+    a, b, bias, radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b, mask_h,
+    mask_row, mask_column, mask_lowest, LAW: tl.constexpr, PLAIN: tl.constexpr,
+    LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
+    REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    MASKED: tl.constexpr, NATIVE: tl.constexpr,
+):
+    """A tile of softened distances, scores and softmax weights from q.k (law "table": from inverse
+    distances). Works in both orientations: per-query and per-key arguments broadcast."""
+    if LAW == "table":
+        softened = inner
+    else:
+        softened = tl.maximum(inner * slope + term, floor)
+    if PLAIN:
+        score = plain_scores(softened, strength, LAW == "power", NATIVE)
+    else:
+        score = general_scores(
+            softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A, HAS_B,
+            HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF,
+        )
+    shown = score
+    if MASKED:
+        seen = visible_pairs(
+            rows, columns, ranged, start, stop, shift, window, queries, keys, CAUSAL, WINDOW, RANGES
+        )
+        if MASK != "none":
+            seen, added = load_mask(
+                mask, batch, head, rows, columns, seen, mask_b, mask_h, mask_row, mask_column,
+                mask_lowest, MASK,
+            )
+            if MASK == "float":
+                shown += added * LOG2E
+        if EXCLUDE_SELF:
+            shown = tl.where(columns == rows + shift, EXCLUDED, shown)
+    weight = power_of_two(shown - lse, NATIVE)
+    if MASKED:
+        weight = tl.where(seen, weight, 0.0)
+    if CUTOFF == "hard":
+        weight = tl.where(softened - eps <= radius_sq, weight, 0.0)
+    return softened, score, weight
+
+
+# fmt: on
+
+
+class Inputs(NamedTuple):
+    """What all backward kernels read, aligned for the copy engine."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor
+    grad: Tensor
+    lse: Tensor
+    delta: Tensor
+    query_sq: Tensor
+
+
+def gather_inputs(problem: Problem, out: Tensor, lse: Tensor, grad: Tensor) -> Inputs:
+    q = k = None
+    grad = aligned(grad)
+    delta = torch.empty_like(lse)
+    query_sq = delta
+    if problem.q is not None:
+        q, k = aligned(problem.q), aligned(problem.k)
+        query_sq = torch.empty_like(lse)
+    source = grad if q is None else q
+    block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
+    block = 64 if max(block_d, block_v) <= 128 else 32
+    delta_kernel[(triton.cdiv(lse.shape[2], block), problem.batch * problem.heads)](
+        source,
+        out,
+        grad,
+        query_sq,
+        delta,
+        *source.stride()[:3],
+        *out.stride()[:3],
+        *grad.stride()[:3],
+        problem.heads,
+        problem.queries,
+        lse.shape[2],
+        problem.width_k,
+        problem.width_v,
+        HAS_Q=q is not None,
+        BLOCK=block,
+        BLOCK_D=block_d,
+        BLOCK_V=block_v,
+        num_warps=4,
+    )
+    return Inputs(q, k, aligned(problem.v), grad, lse, delta, query_sq)
+
+
+def common_arguments(problem: Problem) -> dict:
+    flags = problem.flags()
+    visibility = problem.visibility()
+    visibility["seed_at"] = visibility.pop("seed")
+    return {**problem.terms(), **visibility, **problem.sizes(), **flags, "batches": problem.batch}

@@ -1,0 +1,324 @@
+"""dL/dk, dL/dv and dL/d(key term).
+
+A program has BLOCK_N keys of one key head and goes over the queries that see them, of every query
+head that reads this key head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gradients import (
+    Inputs,
+    common_arguments,
+    narrow,
+    pair_gradients,
+    plain_factor,
+    weights_again,
+)
+from .problem import (
+    Problem,
+    block_of,
+    tiles,
+    vectors,
+)
+from .ranges import query_ranges
+from .score import (
+    kept_weights,
+    product,
+    scaled_sum,
+    unit_of,
+)
+from .tiles import key_tiles
+from .visible import (
+    load_ranges,
+    query_span,
+)
+
+
+# fmt: off
+@triton.jit
+def attend_queries(
+    grad_k, grad_v, distance_sum, mass_sum, low, high, k, v, k_term, q_desc, grad_desc, lse_desc,
+    delta_desc, query_sq, batch, head, batch_head, columns, slope, floor, unit, constant, strength,
+    eps, factor, query_mass, b, bias, radius_sq, width, ceiling, table, table_stride, start, stop,
+    shift, window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed,
+    dropout, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
+    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+):
+    """Tiles are `[keys, queries]` here, so that weights are a left operand as they come."""
+    for first in tl.range(low, high, BLOCK_M):
+        first = tl.multiple_of(first, BLOCK_M)
+        rows = first + tl.arange(0, BLOCK_M)
+        zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        lse = lse_desc.load([batch_head, first]).reshape(BLOCK_M)
+        delta = delta_desc.load([batch_head, first]).reshape(BLOCK_M)
+        if LAW == "table":
+            inside = (rows[None, :] < queries) & (columns[:, None] < keys)
+            at = table + rows[None, :].to(tl.int64) * table_stride + columns[:, None]
+            inner = tl.load(at, mask=inside, other=1.0)
+            term = zeros
+            q = zeros
+        else:
+            norm = query_sq.load([batch_head, first]).reshape(BLOCK_M)
+            if LIFTED:
+                term = (norm * (1.0 / unit) + constant)[None, :]
+            else:
+                term = scaled_sum(norm[None, :], 1.0 / unit, k_term[:, None], BLOCK_N, BLOCK_M)
+            q = q_desc.load([batch, head, first, 0]).reshape(BLOCK_M, BLOCK_D)
+            inner = product(k, q.T, zeros, PRECISION, NATIVE)
+        grad_out = grad_desc.load([batch, head, first, 0]).reshape(BLOCK_M, BLOCK_V)
+        grad_weight = product(v, grad_out.T, zeros, PRECISION, NATIVE)
+        a = 1.0
+        if HAS_A:
+            at = query_mass + batch_head.to(tl.int64) * queries + rows
+            a = tl.load(at, mask=rows < queries, other=1.0)[None, :]
+        softened, score, weight = weights_again(
+            inner, term, lse[None, :], rows[None, :], columns[:, None], rows[None, :],
+            start[:, None], stop[:, None], batch, head, slope, floor, eps, strength, a, b, bias,
+            radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
+            mask_column, mask_lowest, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
+            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED, NATIVE,
+        )
+        shown = weight
+        if DROPOUT:
+            kept = kept_weights(
+                seed, dropout, batch_head, rows[None, :], columns[:, None], queries, keys
+            )
+            shown = weight * kept
+            grad_weight *= kept
+        grad_v = product(shown.to(grad_out.dtype), grad_out, grad_v, PRECISION, NATIVE)
+        # `factor` differs between the heads that share these keys: it cannot wait for the end.
+        grad_weight = grad_weight * factor - (delta * factor)[None, :]
+        distance, c, g, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
+            weight, grad_weight, score, softened, eps, floor, strength, factor, a, b, bias,
+            radius_sq, width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
+            HAS_CEILING, CUTOFF, NATIVE,
+        )
+        if EXCLUDE_SELF and MASKED:
+            other = columns[:, None] != rows[None, :] + shift
+            distance = tl.where(other, distance, 0.0)
+            d_b = tl.where(other, d_b, 0.0)
+        if HAS_B:
+            mass_sum += tl.sum(d_b, 1)
+        if LAW != "table":
+            rounded, undo = narrow(distance, q.dtype, SCALED)
+            if not LIFTED:
+                distance_sum += tl.sum(rounded.to(tl.float32), 1) * undo
+            if SCALED:
+                grad_k += product(rounded, q, tl.zeros_like(grad_k), PRECISION, NATIVE) * undo
+            else:
+                grad_k = product(rounded, q, grad_k, PRECISION, NATIVE)
+    return grad_k, grad_v, distance_sum, mass_sum
+
+
+@triton.jit
+def key_kernel(
+    q_desc, k_desc, v_desc, grad_desc, lse_desc, delta_desc, query_sq, grad_key, grad_value,
+    grad_mass, strength, eps, key_radius_sq, query_mass, key_term, head_bias, radius, table,
+    table_stride, width, ceiling, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row,
+    mask_column, mask_lowest, seed_at, dropout, key_split, key_b, key_h, key_row, value_split,
+    value_b, value_h, value_row, batches, heads, kv_heads, queries, keys, shift, window, head_width,
+    value_width, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
+    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+):
+    # The first keys have the most queries under a causal mask, and go first.
+    pairs = batches * kv_heads * SPLITS
+    block = tl.program_id(0) // pairs
+    split = tl.program_id(0) % SPLITS
+    batch_kv = tl.program_id(0) % pairs // SPLITS
+    batch, kv_head = batch_kv // kv_heads, batch_kv % kv_heads
+    first_key = block * BLOCK_N
+    columns = first_key + tl.arange(0, BLOCK_N)
+    column_valid = columns < keys
+
+    v = v_desc.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, BLOCK_V)
+    k_sq = tl.zeros([BLOCK_N], tl.float32)
+    key_radius = 0.0
+    if LAW == "table":
+        k = 0.0
+    else:
+        k = k_desc.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+        if LIFTED:
+            key_radius = tl.load(key_radius_sq + kv_head)
+        else:
+            wide = k.to(tl.float32)
+            k_sq = tl.sum(wide * wide, 1)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at)
+    start, stop = load_ranges(ranges, batch, columns, column_valid, ranges_b, ranges_row, RANGES)
+    last_key = tl.minimum(first_key + BLOCK_N, keys) - 1
+    low, full_low, full_high, high = query_span(
+        first_key, last_key, start, stop, shift, window, queries, CAUSAL, WINDOW, RANGES, MASK,
+        EXCLUDE_SELF, BLOCK_M,
+    )
+    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    distance_sum = tl.zeros([BLOCK_N], tl.float32)
+    group = heads // kv_heads // SPLITS
+    for member in tl.range(0, group, num_stages=1):
+        head = (kv_head * SPLITS + split) * group + member
+        batch_head = batch * heads + head
+        head_strength = tl.load(strength + head)
+        head_eps = 0.0
+        unit = 1.0
+        factor = 1.0
+        radius_sq = 0.0
+        bias = 0.0
+        if LAW != "table":
+            head_eps = tl.load(eps + head)
+        if PLAIN:
+            unit = unit_of(head_strength, head_eps, LAW == "power")
+            factor = plain_factor(head_strength, unit, LAW == "power")
+        if CUTOFF != "none":
+            radius_sq = tl.load(radius + head)
+            radius_sq = radius_sq * radius_sq
+        if HAS_BIAS:
+            bias = tl.load(head_bias + head)
+        b = 1.0
+        if HAS_B:
+            at = key_term + batch_head.to(tl.int64) * keys + columns
+            b = tl.load(at, mask=column_valid, other=1.0)[:, None]
+        mass_sum = tl.zeros([BLOCK_N], tl.float32)
+        for part in tl.static_range(3):
+            if part > 0 or CAUSAL or WINDOW or RANGES:
+                part_low = low
+                part_high = full_low
+                if part == 1:
+                    part_low = full_low
+                    part_high = full_high
+                if part == 2:
+                    part_low = full_high
+                    part_high = high
+                grad_k, grad_v, distance_sum, mass_sum = attend_queries(
+                    grad_k, grad_v, distance_sum, mass_sum, part_low, part_high, k, v,
+                    (k_sq + head_eps) / unit, q_desc, grad_desc, lse_desc, delta_desc, query_sq,
+                    batch, head, batch_head, columns, -2.0 / unit, head_eps / unit, unit,
+                    (key_radius + head_eps) / unit, head_strength, head_eps, factor, query_mass, b,
+                    bias, radius_sq, width, ceiling, table, table_stride, start, stop, shift,
+                    window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest,
+                    seed, dropout, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
+                    HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT,
+                    part != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SCALED, PRECISION, NATIVE,
+                )
+        if HAS_B:
+            at = grad_mass + batch_head.to(tl.int64) * keys + columns
+            tl.store(at, mass_sum, mask=column_valid)
+    columns_v = tl.arange(0, BLOCK_V)[None, :]
+    at = grad_value + split.to(tl.int64) * value_split + batch.to(tl.int64) * value_b
+    at = at + kv_head.to(tl.int64) * value_h + columns[:, None].to(tl.int64) * value_row + columns_v
+    inside = column_valid[:, None] & (columns_v < value_width)
+    tl.store(at, grad_v.to(grad_value.dtype.element_ty), mask=inside)
+    if LAW != "table":
+        grad_k = -2.0 * grad_k
+        if not LIFTED:
+            wide = k_desc.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+            grad_k += 2.0 * distance_sum[:, None] * wide.to(tl.float32)
+        columns_d = tl.arange(0, BLOCK_D)[None, :]
+        at = grad_key + split.to(tl.int64) * key_split + batch.to(tl.int64) * key_b
+        at = at + kv_head.to(tl.int64) * key_h + columns[:, None].to(tl.int64) * key_row + columns_d
+        inside = column_valid[:, None] & (columns_d < head_width)
+        tl.store(at, grad_k.to(grad_key.dtype.element_ty), mask=inside)
+
+
+# fmt: on
+
+
+def key_gradients(
+    problem: Problem, inputs: Inputs, sizes: dict | None
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """dL/dk, dL/dv, and dL/d(key term) `[B, H, Tk]`."""
+    v = inputs.v
+    block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
+    sizes = dict(sizes or key_tiles(v.dtype, max(block_d, block_v)))
+    rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    blocks = triton.cdiv(problem.keys, columns) * problem.batch * problem.kv_heads
+    splits = sizes.pop("SPLITS", None) or head_splits(problem, blocks, v.device)
+
+    def room(like: Tensor) -> Tensor:
+        if splits == 1:
+            return torch.empty_like(like).unsqueeze(0)
+        return torch.empty((splits, *like.shape), dtype=torch.float32, device=like.device)
+
+    grad_v = room(problem.v)
+    grad_k = grad_v
+    grad_mass = inputs.lse
+    if problem.key_term is not None:
+        grad_mass = torch.empty_like(problem.key_term)
+    v_tiles = tiles(v, columns, block_v)
+    q_tiles = k_tiles = v_tiles
+    lse_rows = vectors(inputs.lse.flatten(0, 1), rows)
+    query_sq = lse_rows
+    if inputs.q is not None:
+        grad_k = room(problem.k)
+        q_tiles = tiles(inputs.q, rows, block_d)
+        k_tiles = tiles(inputs.k, columns, block_d)
+        query_sq = vectors(inputs.query_sq.flatten(0, 1), rows)
+    common = common_arguments(problem)
+    if problem.key_ranges is not None:
+        ranges = query_ranges(problem.key_ranges, problem.queries, problem.keys)
+        common["ranges"] = ranges
+        common["ranges_b"] = 0 if ranges.shape[0] == 1 else ranges.stride(0)
+        common["ranges_row"] = ranges.stride(1)
+    key_kernel[(blocks * splits,)](
+        q_tiles,
+        k_tiles,
+        v_tiles,
+        tiles(inputs.grad, rows, block_v),
+        lse_desc=lse_rows,
+        delta_desc=vectors(inputs.delta.flatten(0, 1), rows),
+        query_sq=query_sq,
+        grad_key=grad_k,
+        grad_value=grad_v,
+        grad_mass=grad_mass,
+        key_split=grad_k.stride(0),
+        key_b=grad_k.stride(1),
+        key_h=grad_k.stride(2),
+        key_row=grad_k.stride(3),
+        value_split=grad_v.stride(0),
+        value_b=grad_v.stride(1),
+        value_h=grad_v.stride(2),
+        value_row=grad_v.stride(3),
+        head_width=problem.width_k,
+        value_width=problem.width_v,
+        SPLITS=splits,
+        SCALED=v.dtype == torch.float16,
+        BLOCK_D=block_d,
+        BLOCK_V=block_v,
+        **common,
+        **sizes,
+    )
+
+    def joined(parts: Tensor, like: Tensor) -> Tensor:
+        return parts[0] if splits == 1 else parts.sum(0).to(like.dtype)
+
+    return (
+        None if inputs.q is None else joined(grad_k, problem.k),
+        joined(grad_v, problem.v),
+        None if problem.key_term is None else grad_mass,
+    )
+
+
+def head_splits(problem: Problem, blocks: int, device: torch.device) -> int:
+    """Into how many programs the query heads of a key head are divided: enough to fill the device,
+    each writing its own float32 sums, added up afterwards in a fixed order."""
+    group = problem.heads // problem.kv_heads
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    splits = 1
+    while splits < group and group % (2 * splits) == 0 and blocks * splits < processors:
+        splits *= 2
+    return splits

@@ -1,0 +1,231 @@
+"""One call of the operator as the kernels see it: tensors, options, and what follows from them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Bytes that a tile's rows must be aligned to for Hopper's copy engine.
+ALIGNMENT = 16
+# Keys and values of the heads that run at the same time should stay in the second-level cache.
+CACHE_BYTES = 16 * 2**20
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Fields in the order of the operator's schema.
+
+    q: `[B, H, Tq, D]`, k `[B, N, Tk, D]`, absent with a table. v: `[B, N, Tk, Dv]`. strength: `M^2`
+    `[H]`, eps `[H]`, key_radius_sq `[N]`, query_mass `[B, H, Tq]`, key_term `[B, H, Tk]` (factor of
+    the force, summand under the power law), head_bias `[H]`, radius `[H]`, table `[Tq, Tk]`: all
+    float32 and contiguous. mask: bool or float, at most 4 dimensions. key_ranges: int32
+    `[B|1, Tq|1, 2]`. seed: int64 `[1]`.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor
+    strength: Tensor
+    eps: Tensor | None
+    key_radius_sq: Tensor | None
+    query_mass: Tensor | None
+    key_term: Tensor | None
+    head_bias: Tensor | None
+    radius: Tensor | None
+    table: Tensor | None
+    mask: Tensor | None
+    key_ranges: Tensor | None
+    seed: Tensor | None
+    law: str
+    causal: bool
+    window: int
+    exclude_self: bool
+    repulsive: bool
+    cutoff: str
+    width: float
+    max_force: float
+    dropout_p: float
+
+    @property
+    def batch(self) -> int:
+        return self.v.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.strength.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.v.shape[1]
+
+    @property
+    def queries(self) -> int:
+        return self.table.shape[0] if self.q is None else self.q.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.v.shape[2]
+
+    @property
+    def width_k(self) -> int:
+        return 16 if self.q is None else self.q.shape[3]
+
+    @property
+    def width_v(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def empty(self) -> bool:
+        """No query or no key: nothing for a kernel to do."""
+        return 0 in (self.batch, self.heads, self.queries, self.keys, self.width_v)
+
+    @property
+    def plain(self) -> bool:
+        """The law alone: scores from distances, strength and softening."""
+        absent = (self.query_mass, self.key_term, self.head_bias, self.radius, self.table)
+        return (
+            all(x is None for x in absent)
+            and not self.repulsive
+            and self.max_force == float("inf")
+            and not self.exclude_self
+        )
+
+    @property
+    def boundable(self) -> bool:
+        """Scores have two-sided bounds, and weights of 2^(+-100) fit the dtype of the product."""
+        added = self.mask is not None and self.mask.is_floating_point()
+        return self.plain and not added and self.v.dtype != torch.float16
+
+    def flags(self) -> dict[str, Any]:
+        """Compile-time arguments that all kernels share."""
+        law = "table" if self.table is not None else self.law
+        mask = "none"
+        if self.mask is not None:
+            mask = "float" if self.mask.is_floating_point() else "bool"
+        return {
+            "LAW": law,
+            "PLAIN": self.plain,
+            "LIFTED": self.key_radius_sq is not None,
+            "HAS_A": self.query_mass is not None,
+            "HAS_B": self.key_term is not None,
+            "HAS_BIAS": self.head_bias is not None,
+            "REPULSIVE": self.repulsive,
+            "HAS_CEILING": self.max_force != float("inf"),
+            "CUTOFF": self.cutoff,
+            "CAUSAL": self.causal,
+            "WINDOW": self.window > 0,
+            "RANGES": self.key_ranges is not None,
+            "MASK": mask,
+            "EXCLUDE_SELF": self.exclude_self,
+            "DROPOUT": self.dropout_p > 0,
+            "PRECISION": "ieee" if self.v.dtype == torch.float32 else "tf32",
+            "NATIVE": not interpreted(),
+        }
+
+    def visibility(self) -> dict[str, Any]:
+        """Run-time arguments that say which keys are seen."""
+        ranges, mask = self.key_ranges, self.mask
+        strides = (0, 0, 0, 0)
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]
+            pairs = zip(mask.stride(), mask.shape, strict=True)
+            strides = tuple(0 if size == 1 else stride for stride, size in pairs)
+            if mask.dtype == torch.bool:
+                mask = mask.view(torch.int8)
+        lowest = 0.0
+        if self.mask is not None and self.mask.is_floating_point():
+            lowest = torch.finfo(self.mask.dtype).min / 2
+        return {
+            "ranges": self.strength if ranges is None else ranges,
+            "ranges_b": 0 if ranges is None or ranges.shape[0] == 1 else ranges.stride(0),
+            "ranges_row": 0 if ranges is None or ranges.shape[1] == 1 else ranges.stride(1),
+            "mask": self.strength if mask is None else mask,
+            "mask_b": strides[0],
+            "mask_h": strides[1],
+            "mask_row": strides[2],
+            "mask_column": strides[3],
+            "mask_lowest": lowest,
+            "seed": self.strength if self.seed is None else self.seed,
+            "dropout": self.dropout_p,
+            "shift": self.keys - self.queries,
+            "window": self.window,
+        }
+
+    def terms(self) -> dict[str, Any]:
+        """Run-time arguments that make the score. An absent tensor is stood in for by another,
+        which its compile-time flag keeps from being read."""
+
+        def present(tensor: Tensor | None) -> Tensor:
+            return self.strength if tensor is None else tensor
+
+        return {
+            "strength": self.strength,
+            "eps": present(self.eps),
+            "key_radius_sq": present(self.key_radius_sq),
+            "query_mass": present(self.query_mass),
+            "key_term": present(self.key_term),
+            "head_bias": present(self.head_bias),
+            "radius": present(self.radius),
+            "table": present(self.table),
+            "table_stride": self.keys,
+            "width": self.width,
+            "ceiling": self.max_force,
+        }
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "queries": self.queries,
+            "keys": self.keys,
+        }
+
+    def heads_together(self) -> int:
+        """How many query heads of all batch entries run at the same time: see CACHE_BYTES."""
+        head_bytes = self.keys * (self.width_k + self.width_v) * self.v.element_size()
+        shared = max(1, CACHE_BYTES // max(1, head_bytes)) * (self.heads // self.kv_heads)
+        return max(1, min(shared, self.batch * self.heads))
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor as the copy engine takes it: last dimension dense, rows on 16 bytes. What already
+    is, views included, is not copied; a width that is not a multiple of 16 bytes is padded."""
+    size = tensor.element_size()
+    short = -tensor.shape[-1] % (ALIGNMENT // size)
+    if short:
+        return torch.nn.functional.pad(tensor, (0, short))
+    strides = [s for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
+    dense = tensor.stride(-1) == 1 and all(s > 0 and s * size % ALIGNMENT == 0 for s in strides)
+    if dense and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def tiles(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A description of `[B, H, T, D]` from which kernels load `[1, 1, rows, width]`, zeros outside.
+    The tensor must be `aligned`."""
+    dense = tensor.shape[3] * tensor.element_size()
+    step = -(-dense // ALIGNMENT) * ALIGNMENT // tensor.element_size()
+    strides = [s if n > 1 else step for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
+    strides[3] = 1
+    return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, width])
+
+
+def vectors(tensor: Tensor, length: int) -> TensorDescriptor:
+    """A description of `[rows, T]`, rows on 16 bytes, from which kernels load `[1, length]`."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, length])
+
+
+def block_of(width: int) -> int:
+    """The power of two that a width is padded to inside a kernel; products need 16."""
+    return max(16, 1 << (width - 1).bit_length())

@@ -1,0 +1,329 @@
+"""dL/dq, and per row the sums that strength, softening, radii, bias and query masses need.
+
+A program has BLOCK_M rows of one head and goes over the keys that they see.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .forward import (
+    squared_norms,
+    tile_of,
+)
+from .gradients import (
+    Inputs,
+    common_arguments,
+    narrow,
+    pair_gradients,
+    plain_factor,
+    weights_again,
+)
+from .problem import (
+    Problem,
+    block_of,
+    tiles,
+    vectors,
+)
+from .score import (
+    LN2,
+    kept_weights,
+    product,
+    scaled_sum,
+    unit_of,
+)
+from .tiles import query_tiles
+from .visible import (
+    key_span,
+    load_ranges,
+)
+
+# Planes of the per-row sums.
+STRENGTH = tl.constexpr(0)
+SOFTENING = tl.constexpr(1)
+DISTANCE = tl.constexpr(2)
+QUERY_MASS = tl.constexpr(3)
+BIAS = tl.constexpr(4)
+RADIUS = tl.constexpr(5)
+ROW_SUMS = 6
+
+
+# fmt: off
+@triton.jit
+def attend_keys(
+    grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
+            score_mean, slope_mean, a_sum, bias_sum,
+    radius_sum, low, high, q, grad_out, lse, delta, k_desc, v_desc, key_sq, batch, head, kv_head,
+    batch_head, batch_kv, rows, query_term, slope, floor, unit, strength, eps, factor, a, key_term,
+    bias, radius_sq, width, ceiling, table, table_stride, start, stop, shift, window, queries, keys,
+    mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr,
+    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
+    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SUMS: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+):
+    for first in tl.range(low, high, BLOCK_N):
+        first = tl.multiple_of(first, BLOCK_N)
+        columns = first + tl.arange(0, BLOCK_N)
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        term = query_term[:, None]
+        if LAW == "table":
+            inside = (rows[:, None] < queries) & (columns[None, :] < keys)
+            at = table + rows[:, None].to(tl.int64) * table_stride + columns[None, :]
+            inner = tl.load(at, mask=inside, other=1.0)
+            k = zeros
+        else:
+            if not LIFTED:
+                norm = key_sq.load([batch_kv, first]).reshape(BLOCK_N)
+                term = scaled_sum(norm[None, :], 1.0 / unit, term, BLOCK_M, BLOCK_N)
+            k = k_desc.load([batch, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_D)
+            inner = product(q, k.T, zeros, PRECISION, NATIVE)
+        v = v_desc.load([batch, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_V)
+        grad_weight = product(grad_out, v.T, zeros, PRECISION, NATIVE)
+        b = 1.0
+        if HAS_B:
+            b = tl.load(key_term + columns, mask=columns < keys, other=1.0)[None, :]
+        softened, score, weight = weights_again(
+            inner, term, lse[:, None], rows[:, None], columns[None, :], columns[None, :],
+            start[:, None], stop[:, None], batch, head, slope, floor, eps, strength, a, b, bias,
+            radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
+            mask_column, mask_lowest, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
+            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED, NATIVE,
+        )
+        if DROPOUT:
+            grad_weight *= kept_weights(
+                seed, dropout, batch_head, rows[:, None], columns[None, :], queries, keys
+            )
+        distance, c, g, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
+            weight, grad_weight - delta[:, None], score, softened, eps, floor, strength, factor, a,
+            b, bias, radius_sq, width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS,
+            REPULSIVE, HAS_CEILING, CUTOFF, NATIVE,
+        )
+        if EXCLUDE_SELF and MASKED:
+            # That score is a constant.
+            other = columns[None, :] != rows[:, None] + shift
+            distance = tl.where(other, distance, 0.0)
+            g = tl.where(other, g, 0.0)
+            d_strength = tl.where(other, d_strength, 0.0)
+            d_a = tl.where(other, d_a, 0.0)
+            d_bias = tl.where(other, d_bias, 0.0)
+            d_radius = tl.where(other, d_radius, 0.0)
+        if LAW != "table":
+            rounded, undo = narrow(distance, k.dtype, SCALED)
+            distance_sum += tl.sum(rounded.to(tl.float32), 1) * undo
+            if SCALED:
+                grad_q += product(rounded, k, tl.zeros_like(grad_q), PRECISION, NATIVE) * undo
+            else:
+                grad_q = product(rounded, k, grad_q, PRECISION, NATIVE)
+        if SUMS:
+            softening_sum += tl.sum(g, 1)
+            if LIFTED:
+                exact_sum += tl.sum(distance, 1)
+            if PLAIN:
+                weight_sum += tl.sum(c, 1)
+                strength_sum += tl.sum(c * score, 1)
+                score_mean += tl.sum(weight * score, 1)
+                slope_mean += tl.sum(weight * d_strength, 1)
+            else:
+                strength_sum += tl.sum(d_strength, 1)
+            if HAS_A:
+                a_sum += tl.sum(d_a, 1)
+            if HAS_BIAS:
+                bias_sum += tl.sum(d_bias, 1)
+            if CUTOFF != "none":
+                radius_sum += tl.sum(d_radius, 1)
+    return (
+        grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
+            score_mean, slope_mean, a_sum, bias_sum,
+        radius_sum,
+    )
+
+
+@triton.jit
+def query_kernel(
+    q_desc, k_desc, v_desc, grad_desc, key_sq, lse_at, delta_at, grad_query, sums,
+    strength, eps, key_radius_sq, query_mass, key_term, head_bias, radius, table, table_stride,
+    width, ceiling, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column,
+    mask_lowest, seed_at, dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys,
+    shift, window, head_width, padded, sums_plane, heads_together, LAW: tl.constexpr,
+    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
+    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+):
+    blocks = tl.cdiv(queries, BLOCK_M)
+    block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
+    batch, head = batch_head // heads, batch_head % heads
+    kv_head = head // (heads // kv_heads)
+    batch_kv = batch * kv_heads + kv_head
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_valid = rows < queries
+
+    head_strength = tl.load(strength + head)
+    head_eps = 0.0
+    unit = 1.0
+    factor = 1.0
+    radius_sq = 0.0
+    bias = 0.0
+    if LAW != "table":
+        head_eps = tl.load(eps + head)
+    if PLAIN:
+        unit = unit_of(head_strength, head_eps, LAW == "power")
+        factor = plain_factor(head_strength, unit, LAW == "power")
+    if CUTOFF != "none":
+        radius_sq = tl.load(radius + head)
+        radius_sq = radius_sq * radius_sq
+    if HAS_BIAS:
+        bias = tl.load(head_bias + head)
+    a = 1.0
+    if HAS_A:
+        at = query_mass + batch_head.to(tl.int64) * queries + rows
+        a = tl.load(at, mask=row_valid, other=1.0)[:, None]
+    if HAS_B:
+        key_term += batch_head.to(tl.int64) * keys
+    per_row = batch_head.to(tl.int64) * padded + rows
+    lse = tl.load(lse_at + per_row, mask=row_valid, other=float("inf"))
+    delta = tl.load(delta_at + per_row, mask=row_valid, other=0.0)
+
+    query_term = tl.zeros([BLOCK_M], tl.float32)
+    if LAW == "table":
+        q = 0.0
+    else:
+        q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, BLOCK_D)
+        wide = q.to(tl.float32)
+        query_term = tl.sum(wide * wide, 1) + head_eps
+        if LIFTED:
+            query_term += tl.load(key_radius_sq + kv_head)
+        query_term = query_term / unit
+    grad_out = grad_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, BLOCK_V)
+
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_at)
+    start, stop = load_ranges(ranges, batch, rows, row_valid, ranges_b, ranges_row, RANGES)
+    last_row = tl.minimum(first_row + BLOCK_M, queries) - 1
+    low, full_low, full_high, high = key_span(
+        first_row, last_row, start, stop, shift, window, keys, CAUSAL, WINDOW, RANGES, MASK,
+        EXCLUDE_SELF, BLOCK_N,
+    )
+    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    zero = tl.zeros([BLOCK_M], tl.float32)
+    distance_sum, strength_sum, weight_sum, softening_sum = zero, zero, zero, zero
+    exact_sum, a_sum, bias_sum, radius_sum = zero, zero, zero, zero
+    score_mean, slope_mean = zero, zero
+    for part in tl.static_range(3):
+        if part > 0 or WINDOW or RANGES:
+            part_low = low
+            part_high = full_low
+            if part == 1:
+                part_low = full_low
+                part_high = full_high
+            if part == 2:
+                part_low = full_high
+                part_high = high
+            (
+                grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
+            score_mean, slope_mean, a_sum,
+                bias_sum, radius_sum,
+            ) = attend_keys(
+                grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
+            score_mean, slope_mean, a_sum,
+                bias_sum, radius_sum, part_low, part_high, q, grad_out, lse, delta, k_desc, v_desc,
+                key_sq, batch, head, kv_head, batch_head, batch_kv, rows, query_term, -2.0 / unit,
+                head_eps / unit, unit, head_strength, head_eps, factor, a, key_term, bias,
+                radius_sq, width, ceiling, table, table_stride, start, stop, shift, window, queries,
+                keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW,
+                PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL,
+                WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT, SUMS, part != 1, BLOCK_M, BLOCK_N,
+                BLOCK_D, BLOCK_V, SCALED, PRECISION, NATIVE,
+            )
+    if LAW != "table":
+        grad_q = 2.0 * factor * (distance_sum[:, None] * q.to(tl.float32) - grad_q)
+        columns = tl.arange(0, BLOCK_D)
+        at = grad_query + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
+        at = at + rows[:, None].to(tl.int64) * out_row + columns[None, :]
+        inside = row_valid[:, None] & (columns[None, :] < head_width)
+        tl.store(at, grad_q.to(grad_query.dtype.element_ty), mask=inside)
+    if SUMS:
+        at = sums + batch_head.to(tl.int64) * queries + rows
+        if PLAIN:
+            # sum c is 0 but for the rounding of delta. Its part in the sums would drown them where
+            # scores hardly differ, so it is taken out with the row's means.
+            strength_sum -= weight_sum * score_mean
+            softening_sum -= weight_sum * slope_mean
+            exact_sum -= weight_sum * slope_mean
+            # dscore/dM^2 is score / M^2; unit is M^2 log2 e, or a stand-in where M is 0.
+            if LAW == "power":
+                strength_sum = strength_sum * LN2 / tl.maximum(head_strength, 1e-30)
+            else:
+                strength_sum = strength_sum / unit
+        tl.store(at + STRENGTH * sums_plane, strength_sum, mask=row_valid)
+        tl.store(at + SOFTENING * sums_plane, softening_sum * factor, mask=row_valid)
+        if LIFTED:
+            tl.store(at + DISTANCE * sums_plane, exact_sum * factor, mask=row_valid)
+        if HAS_A:
+            tl.store(at + QUERY_MASS * sums_plane, a_sum, mask=row_valid)
+        if HAS_BIAS:
+            tl.store(at + BIAS * sums_plane, bias_sum, mask=row_valid)
+        if CUTOFF != "none":
+            tl.store(at + RADIUS * sums_plane, radius_sum, mask=row_valid)
+
+
+# fmt: on
+
+
+def query_gradients(
+    problem: Problem, inputs: Inputs, sums: bool, sizes: dict | None
+) -> tuple[Tensor | None, Tensor]:
+    """dL/dq, and the per-row sums `[ROW_SUMS, B, H, Tq]`."""
+    v = inputs.v
+    shape = (ROW_SUMS if sums else 0, problem.batch, problem.heads, problem.queries)
+    row_sums = torch.empty(shape, dtype=torch.float32, device=v.device)
+    if problem.q is None and not sums:
+        return None, row_sums
+    block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
+    sizes = sizes or query_tiles(v.dtype, max(block_d, block_v))
+    rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    v_tiles = tiles(v, columns, block_v)
+    grad_q = None
+    q_tiles = k_tiles = key_sq = v_tiles
+    target = v
+    if inputs.q is not None:
+        grad_q = target = torch.empty_like(problem.q)
+        q_tiles = tiles(inputs.q, rows, block_d)
+        k_tiles = tiles(inputs.k, columns, block_d)
+        if problem.key_radius_sq is None:
+            key_sq = vectors(squared_norms(inputs.k), columns)
+    query_kernel[(triton.cdiv(problem.queries, rows) * problem.batch * problem.heads,)](
+        q_tiles,
+        k_tiles,
+        v_tiles,
+        tiles(inputs.grad, rows, block_v),
+        key_sq=key_sq,
+        lse_at=inputs.lse,
+        delta_at=inputs.delta,
+        grad_query=target,
+        sums=row_sums if sums else inputs.lse,
+        out_b=target.stride(0),
+        out_h=target.stride(1),
+        out_row=target.stride(2),
+        head_width=problem.width_k,
+        padded=inputs.lse.shape[2],
+        sums_plane=row_sums.stride(0) if sums else 0,
+        heads_together=problem.heads_together(),
+        SUMS=sums,
+        SCALED=v.dtype == torch.float16,
+        BLOCK_D=block_d,
+        BLOCK_V=block_v,
+        **common_arguments(problem),
+        **sizes,
+    )
+    return grad_q, row_sums

@@ -1,0 +1,224 @@
+"""The law inside a kernel: tiles of q.k become scores, and gradients of scores become gradients of
+distances. Every function works on one tile; flags are compile-time, so a term that is absent costs
+nothing. Formulas: ../README.md.
+
+Scores are in units of log2 e, so that weights are powers of two.
+
+Two codes for one law. *Plain* (`PLAIN`): force or power with nothing else. The tile is scaled so
+that one multiply-add turns q.k into the scaled softened distance `n / unit`, with
+`unit = M^2 log2 e` (force: the score is its reciprocal) or `unit = eps` (power: the score is `-M^2`
+times its logarithm, at most 0). *General*: masses, bias, sign, ceiling, cutoff or table, in the
+order that `../reference.py` defines.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Weight 0 beside any other key, and a finite score alone: what a query gives itself when excluded.
+EXCLUDED = tl.constexpr(-1.0e30)
+# A head without mass would divide by zero; scores of 1e-14 are as good as 0.
+SMALLEST_UNIT = tl.constexpr(1.0e-20)
+
+
+# fmt: off
+@triton.jit
+def reciprocal(x, NATIVE: tl.constexpr):
+    """`1 / x` of positive numbers within one unit in the last place, denormals as zero."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def power_of_two(x, NATIVE: tl.constexpr):
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def logarithm(x, NATIVE: tl.constexpr):
+    """To base 2."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def product(x, y, acc, PRECISION: tl.constexpr, NATIVE: tl.constexpr):
+    """`acc + x y` in float32. The interpreter cannot multiply bfloat16; in float32 the products of
+    half-precision numbers are exact, as they are in tensor cores."""
+    if NATIVE:
+        return tl.dot(x, y, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def scaled_sum(vector, scale, term, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`vector * scale + term` as one multiply-add for each pair. Scaling the vector before it is
+    broadcast would cost an operation more: every thread would do it for its own columns."""
+    vector = tl.broadcast_to(vector, [ROWS, COLUMNS])
+    term = tl.broadcast_to(term, [ROWS, COLUMNS])
+    return tl.fma(vector, tl.broadcast_to(scale, [ROWS, COLUMNS]), term)
+
+
+@triton.jit
+def unit_of(strength, eps, POWER: tl.constexpr):
+    """The plain code's unit of squared distance."""
+    if POWER:
+        return eps
+    else:
+        return tl.maximum(strength * LOG2E, SMALLEST_UNIT)
+
+
+@triton.jit
+def plain_scores(
+    scaled, strength, POWER: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Scores from scaled softened distances, already clamped."""
+    if POWER:
+        return -strength * logarithm(scaled, NATIVE)
+    else:
+        return reciprocal(scaled, NATIVE)
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def general_scores(
+    softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
+    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr,
+):
+    """Scores from softened distances (law "table": from inverse distances), and which pairs the
+    hard cutoff leaves. `a` broadcasts over keys, `b` over queries."""
+    if LAW == "power":
+        score = -strength * tl.log(softened)
+        if HAS_B:
+            score += b
+    else:
+        if LAW == "table":
+            score = strength * softened
+        else:
+            score = strength / softened
+        if REPULSIVE:
+            score = -score
+        if HAS_BIAS:
+            score += bias
+        if HAS_A:
+            score *= a
+        if HAS_B:
+            score *= b
+        if HAS_CEILING:
+            score = tl.minimum(score, ceiling)
+    if CUTOFF == "soft":
+        score *= tl.maximum(1.0 - (softened - eps) / radius_sq, 0.0)
+    if CUTOFF == "log":
+        score += log_sigmoid((radius_sq - (softened - eps)) / width)
+    return score * LOG2E
+
+
+@triton.jit
+def general_gradients(
+    grad, softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
+    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr,
+):
+    """From dL/dscore (natural units) of every pair: dL/d of softened distance (law "table": of
+    inverse distance), squared distance in the cutoff, strength, a, b, bias and radius^2, still per
+    pair. Terms that are absent come back as `grad`, to be ignored."""
+    if LAW == "power":
+        inverse = 1.0 / softened
+        base = -strength * tl.log(softened)
+    elif LAW == "table":
+        inverse = softened
+        base = strength * softened
+    else:
+        inverse = 1.0 / softened
+        base = strength * inverse
+    if LAW != "power":
+        if REPULSIVE:
+            base = -base
+        if HAS_BIAS:
+            base += bias
+    score = base
+    if LAW == "power":
+        if HAS_B:
+            score += b
+    else:
+        if HAS_A:
+            score *= a
+        if HAS_B:
+            score *= b
+        if HAS_CEILING:
+            under = score <= ceiling
+            score = tl.minimum(score, ceiling)
+    d_cutoff = grad
+    d_radius = grad
+    if CUTOFF == "soft":
+        share = tl.maximum(1.0 - (softened - eps) / radius_sq, 0.0)
+        inside = share > 0.0
+        d_cutoff = tl.where(inside, -grad * score / radius_sq, 0.0)
+        d_radius = -d_cutoff * (softened - eps) / radius_sq
+        grad = grad * share
+    elif CUTOFF == "log" or CUTOFF == "hard":
+        x = (radius_sq - (softened - eps)) / width
+        d_radius = grad * tl.sigmoid(-x) / width
+        d_cutoff = -d_radius
+    if LAW == "power":
+        d_strength = -grad * tl.log(softened)
+        d_softened = -grad * strength * inverse
+        d_a = grad
+        d_b = grad
+        d_bias = grad
+    else:
+        if HAS_CEILING:
+            grad = tl.where(under, grad, 0.0)
+        d_a = grad * base
+        d_b = grad * base
+        if HAS_B:
+            d_a *= b
+        if HAS_A:
+            d_b *= a
+            grad *= a
+        if HAS_B:
+            grad *= b
+        d_bias = grad
+        d_strength = grad * inverse
+        if REPULSIVE:
+            d_strength = -d_strength
+        if LAW == "table":
+            d_softened = grad * strength
+        else:
+            d_softened = -grad * strength * inverse * inverse
+        if REPULSIVE:
+            d_softened = -d_softened
+    if LAW == "table":
+        d_cutoff = grad
+    return d_softened, d_cutoff, d_strength, d_a, d_b, d_bias, d_radius
+
+
+@triton.jit
+def kept_weights(seed, dropout, batch_head, rows, columns, queries, keys):
+    """Dropout factors of a tile, 0 or `1 / (1 - dropout)`: a function of seed and place alone, so
+    that every kernel draws the same."""
+    row = batch_head.to(tl.int64) * queries + rows
+    draw = tl.rand(seed, row * keys + columns)
+    return tl.where(draw >= dropout, 1.0 / (1.0 - dropout), 0.0)
