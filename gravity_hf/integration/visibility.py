@@ -29,7 +29,8 @@ class VisibleKeys(NamedTuple):
     @property
     def everything(self) -> bool:
         """Whether nothing at all is hidden."""
-        return not self.causal and self[1:] == (None, None, None)
+        rest = (self.window, self.key_ranges, self.mask)
+        return not self.causal and all(part is None for part in rest)
 
 
 class MaskRequest(NamedTuple):

@@ -45,14 +45,15 @@ class Gradients(NamedTuple):
 def backward(
     problem: Problem,
     out: Tensor,
-    lse: Tensor,
+    saved: Tensor,
     grad: Tensor,
     sums: bool,
     sizes: dict | None = None,
 ) -> Gradients:
-    """Gradients of everything. `lse` `[B, H, T']` comes from `forward`, `T'` being `Tq`
-    rounded up to 4. Without `sums` only q, k, v and key_term get theirs."""
-    inputs = gather_inputs(problem, out, lse, grad)
+    """Gradients of everything; without `sums` only of q, k, v and key_term. `saved`: see
+    `forward.forward`.
+    """
+    inputs = gather_inputs(problem, out, saved, grad)
     sizes = sizes or {}
     grad_q, row_sums = query_gradients(problem, inputs, sums, sizes.get("query"))
     grad_k, grad_v, grad_key_term = key_gradients(problem, inputs, sizes.get("key"))

@@ -64,7 +64,7 @@ def plain_bounds(
     reach = tl.sqrt(query_sq) + tl.sqrt(key_sq_max)
     farthest = (reach * reach + eps) / unit
     if POWER:
-        return -strength * logarithm(farthest, NATIVE), 0.0
+        return -strength * logarithm(farthest, NATIVE), -strength * logarithm(eps / unit, NATIVE)
     else:
         return reciprocal(farthest, NATIVE), unit / eps
 
@@ -83,16 +83,16 @@ def tile_of(pid, blocks, batch_heads, heads_together):
 
 @triton.jit
 def attend_tiles(
-    acc, total, peak, low, high, q, k_desc, v_desc, batch, head, kv_head, batch_head,
-    batch_kv, rows, query_term, offset, slope, floor, strength, eps, key_sq, key_scale, a, key_term,
-    bias, radius_sq, width, ceiling, table, table_stride, start, stop, shift, window, queries, keys,
-    mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr,
+    acc, total, peak, low, high, q, k_desc, v_desc, batch, head, kv_head, batch_head, batch_kv,
+    rows, query_term, offset, slope, floor, strength, eps, key_sq, key_scale, a, key_term, bias,
+    radius_sq, width, ceiling, table, table_stride, start, stop, shift, window, queries, keys, mask,
+    mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr,
     PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
     HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
     CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr, ONLINE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    ONLINE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):
     """Adds keys `low .. high` to the running sums of a tile of rows."""
     for first in tl.range(low, high, BLOCK_N):
@@ -172,17 +172,16 @@ def attend_tiles(
 
 @triton.jit
 def forward_kernel(
-    q_desc, k_desc, v_desc, out, lse, strength, eps, key_radius_sq, key_sq, key_sq_max,
+    q_desc, k_desc, v_desc, out, saved, strength, eps, key_radius_sq, key_sq, key_sq_max,
     query_mass, key_term, head_bias, radius, table, table_stride, width, ceiling, ranges, ranges_b,
     ranges_row, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at, dropout, out_b,
     out_h, out_row, batches, heads, kv_heads, queries, keys, shift, window, value_width, padded,
-    heads_together, LAW: tl.constexpr, PLAIN: tl.constexpr, BOUNDABLE: tl.constexpr,
+    saved_plane, heads_together, LAW: tl.constexpr, PLAIN: tl.constexpr, BOUNDABLE: tl.constexpr,
     LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
     REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
-    DROPOUT: tl.constexpr, LSE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
-    NATIVE: tl.constexpr,
+    DROPOUT: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):
     blocks = tl.cdiv(queries, BLOCK_M)
     block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
@@ -203,7 +202,7 @@ def forward_kernel(
     if LAW != "table":
         head_eps = tl.load(eps + head)
     if PLAIN:
-        unit = unit_of(head_strength, head_eps, LAW == "power")
+        unit = unit_of(head_strength, head_eps, LAW == "power", BLOCK_D)
     if CUTOFF != "none":
         radius_sq = tl.load(radius + head)
         radius_sq = radius_sq * radius_sq
@@ -216,7 +215,8 @@ def forward_kernel(
         key_term += batch_head.to(tl.int64) * keys
 
     offset = tl.zeros([BLOCK_M], tl.float32)
-    query_term = tl.zeros([BLOCK_M], tl.float32)
+    query_sq = tl.zeros([BLOCK_M], tl.float32)
+    query_term = query_sq
     floor = head_eps / unit
     bounded = 0
     if LAW == "table":
@@ -233,7 +233,7 @@ def forward_kernel(
         else:
             if BOUNDABLE and LAW == "power":
                 longest = tl.load(key_sq_max + batch_kv)
-        query_term = query_term / unit
+        query_term = query_term * (1.0 / unit)
         if BOUNDABLE:
             lowest, top = plain_bounds(
                 query_sq, longest, unit, head_strength, head_eps, LAW == "power", NATIVE
@@ -275,15 +275,15 @@ def forward_kernel(
                             part_low = full_high
                             part_high = high
                         acc, total, peak = attend_tiles(
-                            acc, total, peak, part_low, part_high, q, k_desc, v_desc, batch,
-                            head, kv_head, batch_head, batch_kv, rows, query_term, offset,
-                            -2.0 / unit, floor, head_strength, head_eps, key_sq, 1.0 / unit, a,
-                            key_term, bias, radius_sq, width, ceiling, table, table_stride, start,
-                            stop, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
-                            mask_column, mask_lowest, seed, dropout, LAW, PLAIN, LIFTED, HAS_A,
-                            HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES,
-                            MASK, EXCLUDE_SELF, DROPOUT, part != 1, code == 1, BLOCK_M,
-                            BLOCK_N, BLOCK_D, BLOCK_V, PRECISION, NATIVE,
+                            acc, total, peak, part_low, part_high, q, k_desc, v_desc, batch, head,
+                            kv_head, batch_head, batch_kv, rows, query_term, offset, -2.0 / unit,
+                            floor, head_strength, head_eps, key_sq, 1.0 / unit, a, key_term, bias,
+                            radius_sq, width, ceiling, table, table_stride, start, stop, shift,
+                            window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column,
+                            mask_lowest, seed, dropout, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS,
+                            REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK,
+                            EXCLUDE_SELF, DROPOUT, part != 1, code == 1, BLOCK_M, BLOCK_N, BLOCK_D,
+                            BLOCK_V, PRECISION, NATIVE,
                         )
     alive = total > 0
     inverse = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
@@ -293,13 +293,16 @@ def forward_kernel(
     at = at + rows[:, None].to(tl.int64) * out_row + columns[None, :]
     inside = row_valid[:, None] & (columns[None, :] < value_width)
     tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
-    if LSE:
+    if SAVE:
         base = peak
         if BOUNDABLE:
             base = tl.where(bounded == 1, offset, peak)
         # A row that saw nothing: weights 2^(score - inf) = 0 in the backward.
         value = tl.where(alive, base + tl.log2(tl.where(alive, total, 1.0)), float("inf"))
-        tl.store(lse + padded_row, value, mask=row_valid)
+        tl.store(saved + padded_row, value, mask=row_valid)
+        rest = tl.where(alive, tl.log2(tl.where(alive, total, 1.0)) - (value - base), 0.0)
+        tl.store(saved + saved_plane + padded_row, rest, mask=row_valid)
+        tl.store(saved + 2 * saved_plane + padded_row, query_sq, mask=row_valid)
 
 
 # fmt: on
@@ -328,18 +331,19 @@ def squared_norms(k: Tensor) -> Tensor:
     return norms[:, :keys]
 
 
-def forward(problem: Problem, lse: Tensor | None, sizes: dict | None = None) -> Tensor:
+def forward(problem: Problem, saved: Tensor | None, sizes: dict | None = None) -> Tensor:
     """Output `[B, H, Tq, Dv]`, laid out `[B, Tq, H, Dv]` in memory, as models go on with it.
 
-    Fills `lse` `[B, H, T']` where given, `T'` being `Tq` rounded up to 4: base-2 logarithms of the
-    sums of weights.
+    Fills `saved` `[3, B, H, T']` where given, `T'` being `Tq` rounded up to 4, with what the
+    backward needs to compute the same weights again: the base-2 logarithm of each row's sum of
+    weights, what float32 lost of it, and `|q_i|^2`.
     """
     v = aligned(problem.v)
     shape = (problem.batch, problem.queries, problem.heads, problem.width_v)
     out = torch.empty(shape, dtype=v.dtype, device=v.device).transpose(1, 2)
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
     flags = problem.flags()
-    sizes = sizes or forward_tiles(v.dtype, max(block_d, block_v))
+    sizes = sizes or forward_tiles(v.dtype, max(block_d, block_v), problem.plain)
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     v_tiles = tiles(v, columns, block_v)
     key_sq, key_sq_max = v_tiles, problem.strength
@@ -362,7 +366,7 @@ def forward(problem: Problem, lse: Tensor | None, sizes: dict | None = None) -> 
         k_tiles,
         v_tiles,
         out,
-        problem.strength if lse is None else lse,
+        problem.strength if saved is None else saved,
         key_sq=key_sq,
         key_sq_max=key_sq_max,
         **problem.terms(),
@@ -375,10 +379,11 @@ def forward(problem: Problem, lse: Tensor | None, sizes: dict | None = None) -> 
         out_row=out.stride(2),
         batches=problem.batch,
         value_width=problem.width_v,
-        padded=0 if lse is None else lse.shape[2],
+        padded=0 if saved is None else saved.shape[3],
+        saved_plane=0 if saved is None else saved.stride(0),
         heads_together=problem.heads_together(),
         BOUNDABLE=problem.boundable,
-        LSE=lse is not None,
+        SAVE=saved is not None,
         BLOCK_D=block_d,
         BLOCK_V=block_v,
     )

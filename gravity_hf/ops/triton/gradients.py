@@ -38,29 +38,22 @@ from .visible import (
 # fmt: off
 @triton.jit
 def delta_kernel(
-    q, out, grad, query_sq, delta, q_b, q_h, q_row, out_b, out_h, out_row, grad_b, grad_h, grad_row,
-    heads, queries, padded, head_width, value_width, HAS_Q: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    out, grad, delta, out_b, out_h, out_row, grad_b, grad_h, grad_row, heads, queries, padded,
+    value_width, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
-    """`delta_i = G_o,i . o_i` and `|q_i|^2`; padding is zero."""
+    """`delta_i = G_o,i . o_i`; padding is zero."""
     batch_head = tl.program_id(1)
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wide = rows[:, None].to(tl.int64)
-    to = batch_head.to(tl.int64) * padded + rows
     columns = tl.arange(0, BLOCK_V)[None, :]
     inside = (rows[:, None] < queries) & (columns < value_width)
     at = out + batch * out_b + head * out_h + wide * out_row + columns
     o = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     at = grad + batch * grad_b + head * grad_h + wide * grad_row + columns
     g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta + to, tl.sum(o * g, 1), mask=rows < padded)
-    if HAS_Q:
-        columns = tl.arange(0, BLOCK_D)[None, :]
-        inside = (rows[:, None] < queries) & (columns < head_width)
-        at = q + batch * q_b + head * q_h + wide * q_row + columns
-        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(query_sq + to, tl.sum(value * value, 1), mask=rows < padded)
+    at = delta + batch_head.to(tl.int64) * padded + rows
+    tl.store(at, tl.sum(o * g, 1), mask=rows < padded)
 
 
 @triton.jit
@@ -124,13 +117,13 @@ def plain_factor(strength, unit, POWER: tl.constexpr):
 
 @triton.jit
 def weights_again(
-    inner, term, lse, rows, columns, ranged, start, stop, batch, head, slope, floor, eps, strength,
-    a, b, bias, radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b, mask_h,
-    mask_row, mask_column, mask_lowest, LAW: tl.constexpr, PLAIN: tl.constexpr,
+    inner, term, lse, rest, rows, columns, ranged, start, stop, batch, head, slope, floor, eps,
+    strength, a, b, bias, radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b,
+    mask_h, mask_row, mask_column, mask_lowest, LAW: tl.constexpr, PLAIN: tl.constexpr,
     LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
     REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
-    MASKED: tl.constexpr, NATIVE: tl.constexpr,
+    MASKED: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     """A tile of softened distances, scores and softmax weights from q.k (law "table": from inverse
     distances). Works in both orientations: per-query and per-key arguments broadcast."""
@@ -159,7 +152,10 @@ def weights_again(
                 shown += added * LOG2E
         if EXCLUDE_SELF:
             shown = tl.where(columns == rows + shift, EXCLUDED, shown)
-    weight = power_of_two(shown - lse, NATIVE)
+    exponent = shown - lse
+    if EXACT:
+        exponent += rest
+    weight = power_of_two(exponent, NATIVE)
     if MASKED:
         weight = tl.where(seen, weight, 0.0)
     if CUTOFF == "hard":
@@ -171,53 +167,45 @@ def weights_again(
 
 
 class Inputs(NamedTuple):
-    """What all backward kernels read, aligned for the copy engine."""
+    """What all backward kernels read; q, k, v and grad aligned for the copy engine."""
 
     q: Tensor | None
     k: Tensor | None
     v: Tensor
     grad: Tensor
-    lse: Tensor
+    saved: Tensor
     delta: Tensor
-    query_sq: Tensor
 
 
-def gather_inputs(problem: Problem, out: Tensor, lse: Tensor, grad: Tensor) -> Inputs:
+def gather_inputs(problem: Problem, out: Tensor, saved: Tensor, grad: Tensor) -> Inputs:
+    """`saved` `[3, B, H, T']`: see `forward.forward`."""
     q = k = None
-    grad = aligned(grad)
-    delta = torch.empty_like(lse)
-    query_sq = delta
     if problem.q is not None:
         q, k = aligned(problem.q), aligned(problem.k)
-        query_sq = torch.empty_like(lse)
-    source = grad if q is None else q
-    block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    block = 64 if max(block_d, block_v) <= 128 else 32
-    delta_kernel[(triton.cdiv(lse.shape[2], block), problem.batch * problem.heads)](
-        source,
+    grad = aligned(grad)
+    delta = torch.empty(saved.shape[1:], dtype=torch.float32, device=saved.device)
+    padded, block_v = saved.shape[3], block_of(problem.width_v)
+    block = 64 if block_v <= 128 else 32
+    delta_kernel[(triton.cdiv(padded, block), problem.batch * problem.heads)](
         out,
         grad,
-        query_sq,
         delta,
-        *source.stride()[:3],
         *out.stride()[:3],
         *grad.stride()[:3],
         problem.heads,
         problem.queries,
-        lse.shape[2],
-        problem.width_k,
+        padded,
         problem.width_v,
-        HAS_Q=q is not None,
         BLOCK=block,
-        BLOCK_D=block_d,
         BLOCK_V=block_v,
         num_warps=4,
     )
-    return Inputs(q, k, aligned(problem.v), grad, lse, delta, query_sq)
+    return Inputs(q, k, aligned(problem.v), grad, saved, delta)
 
 
 def common_arguments(problem: Problem) -> dict:
-    flags = problem.flags()
+    # In half precision the weights are rounded to 8 or 11 bits afterwards.
+    flags = {**problem.flags(), "EXACT": problem.v.dtype == torch.float32}
     visibility = problem.visibility()
     visibility["seed_at"] = visibility.pop("seed")
     return {**problem.terms(), **visibility, **problem.sizes(), **flags, "batches": problem.batch}

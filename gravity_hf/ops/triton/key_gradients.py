@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .forward import squared_norms
 from .gradients import (
     Inputs,
     common_arguments,
@@ -42,8 +43,8 @@ from .visible import (
 # fmt: off
 @triton.jit
 def attend_queries(
-    grad_k, grad_v, distance_sum, mass_sum, low, high, k, v, k_term, q_desc, grad_desc, lse_desc,
-    delta_desc, query_sq, batch, head, batch_head, columns, slope, floor, unit, constant, strength,
+    grad_k, grad_v, distance_sum, mass_sum, low, high, k, v, k_sq, q_desc, grad_desc, saved_desc,
+    delta_desc, pairs, batch, head, batch_head, columns, slope, floor, unit, key_radius, strength,
     eps, factor, query_mass, b, bias, radius_sq, width, ceiling, table, table_stride, start, stop,
     shift, window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed,
     dropout, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
@@ -51,14 +52,17 @@ def attend_queries(
     CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
     MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     """Tiles are `[keys, queries]` here, so that weights are a left operand as they come."""
     for first in tl.range(low, high, BLOCK_M):
         first = tl.multiple_of(first, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        lse = lse_desc.load([batch_head, first]).reshape(BLOCK_M)
+        lse = saved_desc.load([batch_head, first]).reshape(BLOCK_M)
+        rest = 0.0
+        if EXACT:
+            rest = saved_desc.load([pairs + batch_head, first]).reshape(BLOCK_M)[None, :]
         delta = delta_desc.load([batch_head, first]).reshape(BLOCK_M)
         if LAW == "table":
             inside = (rows[None, :] < queries) & (columns[:, None] < keys)
@@ -67,11 +71,14 @@ def attend_queries(
             term = zeros
             q = zeros
         else:
-            norm = query_sq.load([batch_head, first]).reshape(BLOCK_M)
+            # In the order of the forward, for the same bits: where q is near k, another rounding of
+            # the distance is another weight.
+            query_term = saved_desc.load([2 * pairs + batch_head, first]).reshape(BLOCK_M) + eps
             if LIFTED:
-                term = (norm * (1.0 / unit) + constant)[None, :]
-            else:
-                term = scaled_sum(norm[None, :], 1.0 / unit, k_term[:, None], BLOCK_N, BLOCK_M)
+                query_term += key_radius
+            term = (query_term * (1.0 / unit))[None, :]
+            if not LIFTED:
+                term = scaled_sum(k_sq[:, None], 1.0 / unit, term, BLOCK_N, BLOCK_M)
             q = q_desc.load([batch, head, first, 0]).reshape(BLOCK_M, BLOCK_D)
             inner = product(k, q.T, zeros, PRECISION, NATIVE)
         grad_out = grad_desc.load([batch, head, first, 0]).reshape(BLOCK_M, BLOCK_V)
@@ -81,11 +88,11 @@ def attend_queries(
             at = query_mass + batch_head.to(tl.int64) * queries + rows
             a = tl.load(at, mask=rows < queries, other=1.0)[None, :]
         softened, score, weight = weights_again(
-            inner, term, lse[None, :], rows[None, :], columns[:, None], rows[None, :],
+            inner, term, lse[None, :], rest, rows[None, :], columns[:, None], rows[None, :],
             start[:, None], stop[:, None], batch, head, slope, floor, eps, strength, a, b, bias,
             radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
             mask_column, mask_lowest, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
-            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED, NATIVE,
+            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED, NATIVE, EXACT,
         )
         shown = weight
         if DROPOUT:
@@ -121,17 +128,18 @@ def attend_queries(
 
 @triton.jit
 def key_kernel(
-    q_desc, k_desc, v_desc, grad_desc, lse_desc, delta_desc, query_sq, grad_key, grad_value,
+    q_desc, k_desc, v_desc, grad_desc, saved_desc, delta_desc, key_sq, grad_key, grad_value,
     grad_mass, strength, eps, key_radius_sq, query_mass, key_term, head_bias, radius, table,
     table_stride, width, ceiling, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row,
-    mask_column, mask_lowest, seed_at, dropout, key_split, key_b, key_h, key_row, value_split,
-    value_b, value_h, value_row, batches, heads, kv_heads, queries, keys, shift, window, head_width,
-    value_width, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
-    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    mask_column, mask_lowest, seed_at, dropout, key_sq_stride, key_split, key_b, key_h, key_row,
+    value_split, value_b, value_h, value_row, batches, heads, kv_heads, queries, keys, shift,
+    window, head_width, value_width, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
+    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     # The first keys have the most queries under a causal mask, and go first.
     pairs = batches * kv_heads * SPLITS
@@ -153,8 +161,8 @@ def key_kernel(
         if LIFTED:
             key_radius = tl.load(key_radius_sq + kv_head)
         else:
-            wide = k.to(tl.float32)
-            k_sq = tl.sum(wide * wide, 1)
+            at = key_sq + batch_kv.to(tl.int64) * key_sq_stride + columns
+            k_sq = tl.load(at, mask=column_valid, other=0.0)
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_at)
@@ -180,7 +188,7 @@ def key_kernel(
         if LAW != "table":
             head_eps = tl.load(eps + head)
         if PLAIN:
-            unit = unit_of(head_strength, head_eps, LAW == "power")
+            unit = unit_of(head_strength, head_eps, LAW == "power", BLOCK_D)
             factor = plain_factor(head_strength, unit, LAW == "power")
         if CUTOFF != "none":
             radius_sq = tl.load(radius + head)
@@ -203,15 +211,15 @@ def key_kernel(
                     part_low = full_high
                     part_high = high
                 grad_k, grad_v, distance_sum, mass_sum = attend_queries(
-                    grad_k, grad_v, distance_sum, mass_sum, part_low, part_high, k, v,
-                    (k_sq + head_eps) / unit, q_desc, grad_desc, lse_desc, delta_desc, query_sq,
-                    batch, head, batch_head, columns, -2.0 / unit, head_eps / unit, unit,
-                    (key_radius + head_eps) / unit, head_strength, head_eps, factor, query_mass, b,
-                    bias, radius_sq, width, ceiling, table, table_stride, start, stop, shift,
-                    window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest,
-                    seed, dropout, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
-                    HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT,
-                    part != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SCALED, PRECISION, NATIVE,
+                    grad_k, grad_v, distance_sum, mass_sum, part_low, part_high, k, v, k_sq, q_desc,
+                    grad_desc, saved_desc, delta_desc, batches * heads, batch, head, batch_head,
+                    columns, -2.0 / unit, head_eps / unit, unit, key_radius, head_strength,
+                    head_eps, factor, query_mass, b, bias, radius_sq, width, ceiling, table,
+                    table_stride, start, stop, shift, window, queries, keys, mask, mask_b, mask_h,
+                    mask_row, mask_column, mask_lowest, seed, dropout, LAW, PLAIN, LIFTED, HAS_A,
+                    HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK,
+                    EXCLUDE_SELF, DROPOUT, part != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SCALED,
+                    PRECISION, NATIVE, EXACT,
                 )
         if HAS_B:
             at = grad_mass + batch_head.to(tl.int64) * keys + columns
@@ -254,18 +262,18 @@ def key_gradients(
 
     grad_v = room(problem.v)
     grad_k = grad_v
-    grad_mass = inputs.lse
+    grad_mass = inputs.saved
     if problem.key_term is not None:
         grad_mass = torch.empty_like(problem.key_term)
     v_tiles = tiles(v, columns, block_v)
     q_tiles = k_tiles = v_tiles
-    lse_rows = vectors(inputs.lse.flatten(0, 1), rows)
-    query_sq = lse_rows
+    key_sq = inputs.saved
     if inputs.q is not None:
         grad_k = room(problem.k)
         q_tiles = tiles(inputs.q, rows, block_d)
         k_tiles = tiles(inputs.k, columns, block_d)
-        query_sq = vectors(inputs.query_sq.flatten(0, 1), rows)
+        if problem.key_radius_sq is None:
+            key_sq = squared_norms(inputs.k)
     common = common_arguments(problem)
     if problem.key_ranges is not None:
         ranges = query_ranges(problem.key_ranges, problem.queries, problem.keys)
@@ -277,9 +285,10 @@ def key_gradients(
         k_tiles,
         v_tiles,
         tiles(inputs.grad, rows, block_v),
-        lse_desc=lse_rows,
+        saved_desc=vectors(inputs.saved.flatten(0, 2), rows),
         delta_desc=vectors(inputs.delta.flatten(0, 1), rows),
-        query_sq=query_sq,
+        key_sq=key_sq,
+        key_sq_stride=key_sq.stride(0),
         grad_key=grad_k,
         grad_value=grad_v,
         grad_mass=grad_mass,

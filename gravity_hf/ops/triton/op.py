@@ -33,7 +33,7 @@ _VALUE, _STRENGTH, _KEY_TERM = 2, 3, 7
 torch.library.define("gravity_hf::triton_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.define(
     "gravity_hf::triton_attention_backward",
-    f"(Tensor grad, Tensor out, Tensor lse, {_ARGUMENTS}) -> "
+    f"(Tensor grad, Tensor out, Tensor saved, {_ARGUMENTS}) -> "
     f"({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
 )
 
@@ -45,9 +45,9 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _rows(tensor: Tensor, heads: int, queries: int, wanted: bool) -> Tensor:
-    """Room for one float32 per row and head, rows rounded up to 16 bytes; empty if not wanted."""
-    shape = (tensor.shape[0], heads, -(-queries // 4) * 4) if wanted else (0,)
+def _room(tensor: Tensor, heads: int, queries: int, wanted: bool) -> Tensor:
+    """Room for what `forward` saves; empty if not wanted."""
+    shape = (3, tensor.shape[0], heads, -(-queries // 4) * 4) if wanted else (0,)
     return tensor.new_empty(shape, dtype=torch.float32)
 
 
@@ -86,20 +86,20 @@ def _decode(problem: Problem) -> Tensor:
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     *fields, save = arguments
     problem = Problem(*fields)
-    lse = _rows(problem.v, problem.heads, problem.queries, save > 0)
+    saved = _room(problem.v, problem.heads, problem.queries, save > 0)
     if problem.empty:
         shape = (problem.batch, problem.queries, problem.heads, problem.width_v)
-        return problem.v.new_zeros(shape).transpose(1, 2), lse
+        return problem.v.new_zeros(shape).transpose(1, 2), saved
     with _device(problem.v):
         if save == 0 and _decodes(problem):
-            return _decode(problem), lse
-        out = forward(problem, lse if save > 0 else None)
-    return out, lse
+            return _decode(problem), saved
+        out = forward(problem, saved if save > 0 else None)
+    return out, saved
 
 
 @torch.library.impl("gravity_hf::triton_attention_backward", "default")
 def _attention_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+    grad: Tensor, out: Tensor, saved: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *fields, save = arguments
     problem = Problem(*fields)
@@ -107,7 +107,7 @@ def _attention_backward(
         tensors = arguments[:_DIFFERENTIABLE]
         return tuple(grad.new_empty(0) if x is None else torch.zeros_like(x) for x in tensors)
     with _device(problem.v):
-        results = backward(problem, out, lse, grad, sums=save > 1)
+        results = backward(problem, out, saved, grad, sums=save > 1)
     return tuple(grad.new_empty(0) if x is None else x for x in results)
 
 
@@ -117,13 +117,13 @@ def _attention_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*fields)
     v = problem.v
     out = v.new_empty(problem.batch, problem.queries, problem.heads, problem.width_v)
-    lse = _rows(v, problem.heads, problem.queries, save > 0)
-    return out.transpose(1, 2), lse
+    saved = _room(v, problem.heads, problem.queries, save > 0)
+    return out.transpose(1, 2), saved
 
 
 @torch.library.register_fake("gravity_hf::triton_attention_backward")
 def _attention_backward_shapes(
-    grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+    grad: Tensor, out: Tensor, saved: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     save = arguments[-1]
     results = []
@@ -137,20 +137,22 @@ def _attention_backward_shapes(
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(out, lse, *inputs[:_TENSORS])
+    out, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(out, saved, *inputs[:_TENSORS])
     ctx.options = inputs[_TENSORS:]
 
 
 def _gradient(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, lse, *tensors = ctx.saved_tensors
-    if lse.numel() == 0 and out.numel() > 0:
+    out, saved, *tensors = ctx.saved_tensors
+    if saved.numel() == 0 and out.numel() > 0:
         raise RuntimeError(
             "gravity_hf::triton_attention: expected save >= 1 where a gradient is wanted, got 0. "
             "Call gravity_attention, which sets it"
         )
-    results = torch.ops.gravity_hf.triton_attention_backward(grad, out, lse, *tensors, *ctx.options)
+    results = torch.ops.gravity_hf.triton_attention_backward(
+        grad, out, saved, *tensors, *ctx.options
+    )
     needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
     results = [result if need else None for result, need in zip(results, needed, strict=True)]
     return (*results, *[None] * (_COUNT - _DIFFERENTIABLE))

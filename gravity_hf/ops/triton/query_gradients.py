@@ -54,18 +54,18 @@ ROW_SUMS = 6
 # fmt: off
 @triton.jit
 def attend_keys(
-    grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
-            score_mean, slope_mean, a_sum, bias_sum,
-    radius_sum, low, high, q, grad_out, lse, delta, k_desc, v_desc, key_sq, batch, head, kv_head,
-    batch_head, batch_kv, rows, query_term, slope, floor, unit, strength, eps, factor, a, key_term,
-    bias, radius_sq, width, ceiling, table, table_stride, start, stop, shift, window, queries, keys,
-    mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr,
-    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
-    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
-    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SUMS: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum, score_mean,
+    slope_mean, a_sum, bias_sum, radius_sum, low, high, q, grad_out, lse, rest, delta, k_desc,
+    v_desc, key_sq, batch, head, kv_head, batch_head, batch_kv, rows, query_term, slope, floor,
+    unit, strength, eps, factor, a, key_term, bias, radius_sq, width, ceiling, table, table_stride,
+    start, stop, shift, window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column,
+    mask_lowest, seed, dropout, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
+    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
+    SUMS: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     for first in tl.range(low, high, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
@@ -89,11 +89,11 @@ def attend_keys(
         if HAS_B:
             b = tl.load(key_term + columns, mask=columns < keys, other=1.0)[None, :]
         softened, score, weight = weights_again(
-            inner, term, lse[:, None], rows[:, None], columns[None, :], columns[None, :],
+            inner, term, lse[:, None], rest, rows[:, None], columns[None, :], columns[None, :],
             start[:, None], stop[:, None], batch, head, slope, floor, eps, strength, a, b, bias,
             radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
             mask_column, mask_lowest, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
-            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED, NATIVE,
+            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED, NATIVE, EXACT,
         )
         if DROPOUT:
             grad_weight *= kept_weights(
@@ -138,25 +138,24 @@ def attend_keys(
             if CUTOFF != "none":
                 radius_sum += tl.sum(d_radius, 1)
     return (
-        grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
-            score_mean, slope_mean, a_sum, bias_sum,
-        radius_sum,
+        grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum, score_mean,
+        slope_mean, a_sum, bias_sum, radius_sum,
     )
 
 
 @triton.jit
 def query_kernel(
-    q_desc, k_desc, v_desc, grad_desc, key_sq, lse_at, delta_at, grad_query, sums,
-    strength, eps, key_radius_sq, query_mass, key_term, head_bias, radius, table, table_stride,
-    width, ceiling, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column,
-    mask_lowest, seed_at, dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys,
-    shift, window, head_width, padded, sums_plane, heads_together, LAW: tl.constexpr,
+    q_desc, k_desc, v_desc, grad_desc, key_sq, saved, delta_at, grad_query, sums, strength, eps,
+    key_radius_sq, query_mass, key_term, head_bias, radius, table, table_stride, width, ceiling,
+    ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at,
+    dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys, shift, window,
+    head_width, padded, sums_plane, saved_plane, heads_together, LAW: tl.constexpr,
     PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
     HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
     CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
     MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     blocks = tl.cdiv(queries, BLOCK_M)
     block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
@@ -176,7 +175,7 @@ def query_kernel(
     if LAW != "table":
         head_eps = tl.load(eps + head)
     if PLAIN:
-        unit = unit_of(head_strength, head_eps, LAW == "power")
+        unit = unit_of(head_strength, head_eps, LAW == "power", BLOCK_D)
         factor = plain_factor(head_strength, unit, LAW == "power")
     if CUTOFF != "none":
         radius_sq = tl.load(radius + head)
@@ -190,7 +189,10 @@ def query_kernel(
     if HAS_B:
         key_term += batch_head.to(tl.int64) * keys
     per_row = batch_head.to(tl.int64) * padded + rows
-    lse = tl.load(lse_at + per_row, mask=row_valid, other=float("inf"))
+    lse = tl.load(saved + per_row, mask=row_valid, other=float("inf"))
+    rest = 0.0
+    if EXACT:
+        rest = tl.load(saved + saved_plane + per_row, mask=row_valid, other=0.0)[:, None]
     delta = tl.load(delta_at + per_row, mask=row_valid, other=0.0)
 
     query_term = tl.zeros([BLOCK_M], tl.float32)
@@ -198,11 +200,11 @@ def query_kernel(
         q = 0.0
     else:
         q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, BLOCK_D)
-        wide = q.to(tl.float32)
-        query_term = tl.sum(wide * wide, 1) + head_eps
+        at = saved + 2 * saved_plane + per_row
+        query_term = tl.load(at, mask=row_valid, other=0.0) + head_eps
         if LIFTED:
             query_term += tl.load(key_radius_sq + kv_head)
-        query_term = query_term / unit
+        query_term = query_term * (1.0 / unit)
     grad_out = grad_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, BLOCK_V)
 
     seed = 0
@@ -231,19 +233,18 @@ def query_kernel(
                 part_high = high
             (
                 grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
-            score_mean, slope_mean, a_sum,
-                bias_sum, radius_sum,
+                score_mean, slope_mean, a_sum, bias_sum, radius_sum,
             ) = attend_keys(
                 grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
-            score_mean, slope_mean, a_sum,
-                bias_sum, radius_sum, part_low, part_high, q, grad_out, lse, delta, k_desc, v_desc,
-                key_sq, batch, head, kv_head, batch_head, batch_kv, rows, query_term, -2.0 / unit,
-                head_eps / unit, unit, head_strength, head_eps, factor, a, key_term, bias,
-                radius_sq, width, ceiling, table, table_stride, start, stop, shift, window, queries,
-                keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW,
-                PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL,
-                WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT, SUMS, part != 1, BLOCK_M, BLOCK_N,
-                BLOCK_D, BLOCK_V, SCALED, PRECISION, NATIVE,
+                score_mean, slope_mean, a_sum, bias_sum, radius_sum, part_low, part_high, q,
+                grad_out, lse, rest, delta, k_desc, v_desc, key_sq, batch, head, kv_head,
+                batch_head, batch_kv, rows, query_term, -2.0 / unit, head_eps / unit, unit,
+                head_strength, head_eps, factor, a, key_term, bias, radius_sq, width, ceiling,
+                table, table_stride, start, stop, shift, window, queries, keys, mask, mask_b,
+                mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW, PLAIN, LIFTED,
+                HAS_A, HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES,
+                MASK, EXCLUDE_SELF, DROPOUT, SUMS, part != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+                SCALED, PRECISION, NATIVE, EXACT,
             )
     if LAW != "table":
         grad_q = 2.0 * factor * (distance_sum[:, None] * q.to(tl.float32) - grad_q)
@@ -308,15 +309,16 @@ def query_gradients(
         v_tiles,
         tiles(inputs.grad, rows, block_v),
         key_sq=key_sq,
-        lse_at=inputs.lse,
+        saved=inputs.saved,
+        saved_plane=inputs.saved.stride(0),
         delta_at=inputs.delta,
         grad_query=target,
-        sums=row_sums if sums else inputs.lse,
+        sums=row_sums if sums else inputs.saved,
         out_b=target.stride(0),
         out_h=target.stride(1),
         out_row=target.stride(2),
         head_width=problem.width_k,
-        padded=inputs.lse.shape[2],
+        padded=inputs.saved.shape[3],
         sums_plane=row_sums.stride(0) if sums else 0,
         heads_together=problem.heads_together(),
         SUMS=sums,

@@ -6,8 +6,8 @@ Scores are in units of log2 e, so that weights are powers of two.
 
 Two codes for one law. *Plain* (`PLAIN`): force or power with nothing else. The tile is scaled so
 that one multiply-add turns q.k into the scaled softened distance `n / unit`, with
-`unit = M^2 log2 e` (force: the score is its reciprocal) or `unit = eps` (power: the score is `-M^2`
-times its logarithm, at most 0). *General*: masses, bias, sign, ceiling, cutoff or table, in the
+`unit = M^2 log2 e` (force: the score is its reciprocal) or about `d2 + eps` (power: the score is
+`-M^2` times its logarithm). *General*: masses, bias, sign, ceiling, cutoff or table, in the
 order that `../reference.py` defines.
 """
 
@@ -77,10 +77,12 @@ def scaled_sum(vector, scale, term, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def unit_of(strength, eps, POWER: tl.constexpr):
-    """The plain code's unit of squared distance."""
+def unit_of(strength, eps, POWER: tl.constexpr, WIDTH: tl.constexpr):
+    """The plain code's unit of squared distance. Under the power law any will do; one in the middle
+    of the distances, which for vectors of ordinary size are about their width, keeps logarithms
+    small, and so what float32 loses of them."""
     if POWER:
-        return eps
+        return eps + WIDTH
     else:
         return tl.maximum(strength * LOG2E, SMALLEST_UNIT)
 

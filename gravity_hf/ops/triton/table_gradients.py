@@ -31,15 +31,15 @@ from .visible import (
 # fmt: off
 @triton.jit
 def table_kernel(
-    v_desc, grad_desc, lse_at, delta_at, grad_table, strength, eps, key_radius_sq, query_mass,
-    key_term, head_bias, radius, table, table_stride, width, ceiling, ranges, ranges_b, ranges_row,
-    mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at, dropout, batches, heads,
-    kv_heads, queries, keys, shift, window, padded, LAW: tl.constexpr, PLAIN: tl.constexpr,
+    v_desc, grad_desc, saved, saved_plane, delta_at, grad_table, strength, eps, key_radius_sq,
+    query_mass, key_term, head_bias, radius, table, table_stride, width, ceiling, ranges, ranges_b,
+    ranges_row, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at, dropout, batches,
+    heads, kv_heads, queries, keys, shift, window, padded, LAW: tl.constexpr, PLAIN: tl.constexpr,
     LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
     REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     """dL/d(inverse distance) of a tile, summed over batch and heads in a fixed order."""
     first_row, first_key = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
@@ -65,17 +65,20 @@ def table_kernel(
         kv_head = head // (heads // kv_heads)
         start, stop = load_ranges(ranges, batch, rows, row_valid, ranges_b, ranges_row, RANGES)
         per_row = batch_head.to(tl.int64) * padded + rows
-        lse = tl.load(lse_at + per_row, mask=row_valid, other=float("inf"))
+        lse = tl.load(saved + per_row, mask=row_valid, other=float("inf"))
+        rest = 0.0
+        if EXACT:
+            rest = tl.load(saved + saved_plane + per_row, mask=row_valid, other=0.0)[:, None]
         delta = tl.load(delta_at + per_row, mask=row_valid, other=0.0)
         a = 1.0
         b = 1.0
         bias = 0.0
         if HAS_A:
-            at = query_mass + batch_head.to(tl.int64) * queries + rows
-            a = tl.load(at, mask=row_valid, other=1.0)[:, None]
+            a_at = query_mass + batch_head.to(tl.int64) * queries + rows
+            a = tl.load(a_at, mask=row_valid, other=1.0)[:, None]
         if HAS_B:
-            at = key_term + batch_head.to(tl.int64) * keys + columns
-            b = tl.load(at, mask=columns < keys, other=1.0)[None, :]
+            b_at = key_term + batch_head.to(tl.int64) * keys + columns
+            b = tl.load(b_at, mask=columns < keys, other=1.0)[None, :]
         if HAS_BIAS:
             bias = tl.load(head_bias + head)
         head_strength = tl.load(strength + head)
@@ -83,11 +86,11 @@ def table_kernel(
         v = v_desc.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, BLOCK_V)
         grad_weight = product(grad_out, v.T, zeros, PRECISION, NATIVE)
         softened, score, weight = weights_again(
-            inverse, zeros, lse[:, None], rows[:, None], columns[None, :], columns[None, :],
+            inverse, zeros, lse[:, None], rest, rows[:, None], columns[None, :], columns[None, :],
             start[:, None], stop[:, None], batch, head, 1.0, 0.0, 0.0, head_strength, a, b, bias,
             1.0, width, ceiling, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
             mask_column, mask_lowest, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
-            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, True, NATIVE,
+            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, True, NATIVE, EXACT,
         )
         if DROPOUT:
             grad_weight *= kept_weights(
@@ -118,10 +121,11 @@ def table_gradients(problem: Problem, inputs: Inputs) -> Tensor:
     table_kernel[grid](
         tiles(inputs.v, columns, block_v),
         tiles(inputs.grad, rows, block_v),
-        inputs.lse,
+        inputs.saved,
+        inputs.saved.stride(0),
         inputs.delta,
         result,
-        padded=inputs.lse.shape[2],
+        padded=inputs.saved.shape[3],
         BLOCK_V=block_v,
         **common_arguments(problem),
         **sizes,

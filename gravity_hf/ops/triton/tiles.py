@@ -12,20 +12,20 @@ import torch
 Tiles = dict[str, int]
 
 
-def forward_tiles(dtype: torch.dtype, width: int) -> Tiles:
-    """Rows and keys of a tile for a head padded to `width`."""
+def forward_tiles(dtype: torch.dtype, width: int, plain: bool) -> Tiles:
+    """Rows and keys of a tile for a head padded to `width`; `plain`: the law alone."""
     if dtype == torch.float32:
         return _tiles(64, 32, 4, 2) if width <= 128 else _tiles(32, 32, 4, 1)
-    return _tiles(64, 64, 4, 3) if width <= 128 else _tiles(64, 32, 4, 2)
+    if width > 128 or not plain:
+        return _tiles(64, 32, 4, 2)
+    return _tiles(64, 64, 4, 3)
 
 
 def query_tiles(dtype: torch.dtype, width: int) -> Tiles:
     """For the gradient of queries."""
     if dtype == torch.float32:
         return _tiles(64, 32, 4, 1) if width <= 128 else _tiles(32, 32, 4, 1)
-    if width > 128:
-        return _tiles(64, 32, 4, 1)
-    return _tiles(64, 64, 4, 3 if width <= 64 else 2)
+    return _tiles(64, 64, 4, 2)
 
 
 def key_tiles(dtype: torch.dtype, width: int) -> Tiles:
@@ -33,8 +33,8 @@ def key_tiles(dtype: torch.dtype, width: int) -> Tiles:
     if dtype == torch.float32:
         return _tiles(32, 64, 4, 1) if width <= 128 else _tiles(32, 32, 4, 1)
     if width > 128:
-        return _tiles(32, 64, 8, 1)
-    return _tiles(64 if width <= 64 else 32, 64, 4, 3)
+        return _tiles(64, 64, 4, 2)
+    return _tiles(64 if width <= 64 else 32, 64, 4, 3 if width <= 64 else 2)
 
 
 def table_tiles(dtype: torch.dtype, width: int) -> Tiles:
