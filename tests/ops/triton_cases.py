@@ -63,17 +63,38 @@ def check(inputs: dict[str, Tensor], tolerance: float = 1e-4, **options: Any) ->
         assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
-class _Rounded(torch.autograd.Function):
-    """The identity to a dtype's precision, in the chosen directions."""
+class _RoundedGradient(torch.autograd.Function):
+    """The identity, whose gradient is rounded to a dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, forward: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtype = dtype
-        return x.to(dtype).to(x.dtype) if forward else x.clone()
+        return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.to(ctx.dtype).to(grad.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
+class _FusedSoftmax(torch.autograd.Function):
+    """`softmax(score) v` with what fused kernels round: weights before their product with v, and the
+    output, from which the backward takes `delta = G_o.o` (Dao et al. 2022)."""
+
+    @staticmethod
+    def forward(ctx: Any, score: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+        # A row that sees nothing has no softmax; its weights are 0.
+        weights = score.softmax(-1).nan_to_num(0.0)
+        rounded = weights.to(dtype).float()
+        out = (rounded @ v).to(dtype)
+        ctx.save_for_backward(weights, rounded, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, rounded, v, out = ctx.saved_tensors
+        grad = grad.float()
+        delta = (grad * out.float()).sum(-1, keepdim=True)
+        return weights * (grad @ v.mT - delta), rounded.mT @ grad, None
 
 
 def plain_in_dtype(
@@ -90,22 +111,19 @@ def plain_in_dtype(
     key_mass: Tensor | None = None,
     mask: None = None,
 ) -> Tensor:
-    """The peer in half precision: scores in float32, and what goes through a product (weights, and
-    the gradients of weights and distances) rounded to the dtype of v, as in all fused kernels."""
+    """The peer in half precision: scores in float32, and what every fused kernel rounds rounded to
+    the dtype of v: weights, output, and the gradient of distances before its products."""
     dtype, groups = v.dtype, q.shape[1] // k.shape[1]
     q, k, v = (x.float() for x in (q, k, v))
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if key_radius_sq is not None:
         key_radius_sq = key_radius_sq.repeat_interleave(groups)
-    distance_sq = _Rounded.apply(squared_distance(q, k, key_radius_sq), dtype, False)
+    distance_sq = _RoundedGradient.apply(squared_distance(q, k, key_radius_sq), dtype)
     score = gravity_score(distance_sq, mass, eps, law, query_mass, key_mass)
     seen = visible_keys(q.shape[2], k.shape[2], causal=causal, device=q.device)
-    weights = score.softmax(-1)
     if seen is not None:
-        weights = score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(-1)
-        weights = weights * seen.any(-1, keepdim=True)
-    weights = _Rounded.apply(weights, dtype, True)
-    return (weights @ v).to(dtype)
+        score = score.masked_fill(~seen, -float("inf"))
+    return _FusedSoftmax.apply(score, v, dtype)
 
 
 def check_budgets(dtype: torch.dtype, cases: list[dict[str, Tensor]], **options: Any) -> None:
@@ -130,6 +148,10 @@ def check_budgets(dtype: torch.dtype, cases: list[dict[str, Tensor]], **options:
         factor = 2.0 if name == "output" else 3.0
         assert [x.dtype for x in actual[name]] == [x.dtype for x in peers[name]], name
         stacked = [torch.stack(pool[name]) for pool in (actual, truth, peers)]
+        if stacked[1].abs().max() < 1e-12:
+            # It vanishes identically (one key, equal keys); a peer may hit 0 by luck.
+            assert stacked[0].abs().max() < 16 * torch.finfo(dtype).eps, name
+            continue
         assert_within_budget(name, *stacked, factor=factor)
 
 
