@@ -103,7 +103,7 @@ def prepare(problem: Problem) -> Callable[[Job], Callable[[], Any]]:
         if job.kernel == "forward":
             return lambda: forward(problem, saved, job.sizes())
         if job.kernel == "query":
-            return lambda: query_gradients(problem, inputs, True, job.sizes())
+            return lambda: query_gradients(problem, inputs, 1, job.sizes())
         return lambda: key_gradients(problem, inputs, job.sizes())
 
     return call

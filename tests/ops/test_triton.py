@@ -196,7 +196,7 @@ def test_opcheck(law):
     operator = torch.ops.gravity_hf.triton_attention.default
     shape = {"queries": 20, "keys": 24, "width": 16, "law": law}
     inputs = moved(cast(make_inputs(token_masses=True, **shape), torch.float32))
-    torch.library.opcheck(operator, operator_arguments(inputs, save=2, law=law))
+    torch.library.opcheck(operator, operator_arguments(inputs, save=3, law=law))
     inputs = moved(cast(make_inputs(lifted=True, **shape), torch.float32))
     ranges = torch.tensor([[[0, 20]], [[4, 24]]], dtype=torch.int32, device=DEVICE)
     arguments = operator_arguments(inputs, save=0, law=law, key_ranges=ranges)

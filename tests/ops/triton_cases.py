@@ -77,8 +77,8 @@ class _RoundedGradient(torch.autograd.Function):
 
 
 class _FusedSoftmax(torch.autograd.Function):
-    """`softmax(score) v` with what fused kernels round: weights before their product with v, and the
-    output, from which the backward takes `delta = G_o.o` (Dao et al. 2022)."""
+    """`softmax(score) v` with what fused kernels round: weights before their product with v, and
+    the output, from which the backward takes `delta = G_o.o` (Dao et al. 2022)."""
 
     @staticmethod
     def forward(ctx: Any, score: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,7 +150,7 @@ def check_budgets(dtype: torch.dtype, cases: list[dict[str, Tensor]], **options:
         stacked = [torch.stack(pool[name]) for pool in (actual, truth, peers)]
         if stacked[1].abs().max() < 1e-12:
             # It vanishes identically (one key, equal keys); a peer may hit 0 by luck.
-            assert stacked[0].abs().max() < 16 * torch.finfo(dtype).eps, name
+            assert stacked[0].abs().max() < 1e-4, name
             continue
         assert_within_budget(name, *stacked, factor=factor)
 

@@ -47,35 +47,39 @@ def backward(
     out: Tensor,
     saved: Tensor,
     grad: Tensor,
-    sums: bool,
+    sums: int,
     sizes: dict | None = None,
 ) -> Gradients:
-    """Gradients of everything; without `sums` only of q, k, v and key_term. `saved`: see
-    `forward.forward`.
+    """Gradients of q, k, v and key_term (`sums` 0), of all others but eps and key_radius_sq too (1),
+    of everything (2). `saved`: see `forward.forward`.
     """
     inputs = gather_inputs(problem, out, saved, grad)
     sizes = sizes or {}
     grad_q, row_sums = query_gradients(problem, inputs, sums, sizes.get("query"))
     grad_k, grad_v, grad_key_term = key_gradients(problem, inputs, sizes.get("key"))
-    grad_table = table_gradients(problem, inputs) if problem.table is not None and sums else None
-    if not sums:
+    grad_table = (
+        table_gradients(problem, inputs) if problem.table is not None and sums > 0 else None
+    )
+    if sums == 0:
         empty = [None] * 3
         return Gradients(grad_q, grad_k, grad_v, None, None, None, None, grad_key_term, *empty)
 
     def per_head(plane: int) -> Tensor:
         return row_sums[plane].sum((0, 2))
 
-    grad_radius = grad_radius_sq = None
+    grad_radius = grad_radius_sq = grad_eps = None
+    if problem.eps is not None and sums == 2:
+        grad_eps = per_head(SOFTENING.value)
     if problem.radius is not None:
         grad_radius = per_head(RADIUS.value) * 2.0 * problem.radius
-    if problem.key_radius_sq is not None:
+    if problem.key_radius_sq is not None and sums == 2:
         grad_radius_sq = per_head(DISTANCE.value).unflatten(0, (problem.kv_heads, -1)).sum(1)
     return Gradients(
         q=grad_q,
         k=grad_k,
         v=grad_v,
         strength=per_head(STRENGTH.value),
-        eps=None if problem.eps is None else per_head(SOFTENING.value),
+        eps=grad_eps,
         key_radius_sq=grad_radius_sq,
         query_mass=None if problem.query_mass is None else row_sums[QUERY_MASS.value].clone(),
         key_term=grad_key_term,

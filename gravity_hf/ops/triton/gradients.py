@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .forward import squared_norms
 from .problem import (
     Problem,
     aligned,
@@ -167,7 +168,8 @@ def weights_again(
 
 
 class Inputs(NamedTuple):
-    """What all backward kernels read; q, k, v and grad aligned for the copy engine."""
+    """What all backward kernels read; q, k, v and grad aligned for the copy engine. `norms` of keys
+    that are not lifted."""
 
     q: Tensor | None
     k: Tensor | None
@@ -175,13 +177,16 @@ class Inputs(NamedTuple):
     grad: Tensor
     saved: Tensor
     delta: Tensor
+    norms: Tensor | None
 
 
 def gather_inputs(problem: Problem, out: Tensor, saved: Tensor, grad: Tensor) -> Inputs:
     """`saved` `[3, B, H, T']`: see `forward.forward`."""
-    q = k = None
+    q = k = norms = None
     if problem.q is not None:
         q, k = aligned(problem.q), aligned(problem.k)
+        if problem.key_radius_sq is None:
+            norms = squared_norms(k)
     grad = aligned(grad)
     delta = torch.empty(saved.shape[1:], dtype=torch.float32, device=saved.device)
     padded, block_v = saved.shape[3], block_of(problem.width_v)
@@ -200,7 +205,7 @@ def gather_inputs(problem: Problem, out: Tensor, saved: Tensor, grad: Tensor) ->
         BLOCK_V=block_v,
         num_warps=4,
     )
-    return Inputs(q, k, aligned(problem.v), grad, saved, delta)
+    return Inputs(q, k, aligned(problem.v), grad, saved, delta, norms)
 
 
 def common_arguments(problem: Problem) -> dict:

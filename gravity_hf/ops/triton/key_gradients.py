@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forward import squared_norms
 from .gradients import (
     Inputs,
     common_arguments,
@@ -272,8 +271,8 @@ def key_gradients(
         grad_k = room(problem.k)
         q_tiles = tiles(inputs.q, rows, block_d)
         k_tiles = tiles(inputs.k, columns, block_d)
-        if problem.key_radius_sq is None:
-            key_sq = squared_norms(inputs.k)
+        if inputs.norms is not None:
+            key_sq = inputs.norms
     common = common_arguments(problem)
     if problem.key_ranges is not None:
         ranges = query_ranges(problem.key_ranges, problem.queries, problem.keys)

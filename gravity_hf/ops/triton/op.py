@@ -1,9 +1,10 @@
 """The kernels as torch knows them: operators with shapes for tracing, and the gradient.
 
 `gravity_hf::triton_attention` takes the fields of `Problem` and `save`, what the backward will
-need: 0 nothing, 1 gradients of q, k, v and key terms, 2 of all terms. It is opaque to tracers, so
-it works under `torch.compile(fullgraph=True)`, `torch.export` and inside CUDA graphs: nothing in it
-waits for the device or reads a value from it.
+need: 0 nothing, 1 gradients of q, k, v and key terms, 2 of all terms but eps and radii of keys, 3
+of all. It is opaque to tracers, so it works under `torch.compile(fullgraph=True)`, `torch.export`
+and inside CUDA graphs: nothing in it waits for the device or reads a value from it. Outside tracers
+`attention` goes round it: the dispatcher's way through Python costs a call half a millisecond.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _ARGUMENTS = (
 )
 # Tensors that can have a gradient come first, then the other tensors, then options.
 _DIFFERENTIABLE, _TENSORS, _COUNT = 11, 14, 24
-_VALUE, _STRENGTH, _KEY_TERM = 2, 3, 7
+_STRENGTH, _EPS, _KEY_RADIUS, _KEY_TERM = 3, 4, 5, 7
 
 torch.library.define("gravity_hf::triton_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -36,6 +37,13 @@ torch.library.define(
     f"(Tensor grad, Tensor out, Tensor saved, {_ARGUMENTS}) -> "
     f"({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
 )
+
+
+def _needed_level(position: int) -> int:
+    """The `save` at which the tensor at a position gets a gradient."""
+    if position < _STRENGTH or position == _KEY_TERM:
+        return 1
+    return 3 if position in (_EPS, _KEY_RADIUS) else 2
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -82,7 +90,6 @@ def _decode(problem: Problem) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@torch.library.impl("gravity_hf::triton_attention", "default")
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     *fields, save = arguments
     problem = Problem(*fields)
@@ -97,7 +104,6 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, saved
 
 
-@torch.library.impl("gravity_hf::triton_attention_backward", "default")
 def _attention_backward(
     grad: Tensor, out: Tensor, saved: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
@@ -107,8 +113,12 @@ def _attention_backward(
         tensors = arguments[:_DIFFERENTIABLE]
         return tuple(grad.new_empty(0) if x is None else torch.zeros_like(x) for x in tensors)
     with _device(problem.v):
-        results = backward(problem, out, saved, grad, sums=save > 1)
+        results = backward(problem, out, saved, grad, sums=max(save - 1, 0))
     return tuple(grad.new_empty(0) if x is None else x for x in results)
+
+
+torch.library.impl("gravity_hf::triton_attention", "default", _attention)
+torch.library.impl("gravity_hf::triton_attention_backward", "default", _attention_backward)
 
 
 @torch.library.register_fake("gravity_hf::triton_attention")
@@ -128,8 +138,7 @@ def _attention_backward_shapes(
     save = arguments[-1]
     results = []
     for position, tensor in enumerate(arguments[:_DIFFERENTIABLE]):
-        always = position < _STRENGTH or position == _KEY_TERM
-        if tensor is None or not (always or save > 1):
+        if tensor is None or save < _needed_level(position):
             results.append(grad.new_empty(0))
         else:
             results.append(torch.empty_like(tensor))
@@ -153,9 +162,7 @@ def _gradient(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     results = torch.ops.gravity_hf.triton_attention_backward(
         grad, out, saved, *tensors, *ctx.options
     )
-    needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
-    results = [result if need else None for result, need in zip(results, needed, strict=True)]
-    return (*results, *[None] * (_COUNT - _DIFFERENTIABLE))
+    return _wanted(ctx, results)
 
 
 def _no_second_gradient(*_: Any) -> None:
@@ -169,11 +176,50 @@ torch.library.register_autograd("gravity_hf::triton_attention", _gradient, setup
 torch.library.register_autograd("gravity_hf::triton_attention_backward", _no_second_gradient)
 
 
+class _Attention(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out, saved = _attention(*arguments)
+        ctx.save_for_backward(out, saved, *arguments[:_TENSORS])
+        ctx.options = arguments[_TENSORS:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # A second differentiation may follow; the operator refuses that one.
+            return _gradient(ctx, grad)
+        results = _attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+        return _wanted(ctx, results)
+
+
+def _wanted(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
+    chosen = [result if need else None for result, need in zip(results, needed, strict=True)]
+    return (*chosen, *[None] * (_COUNT - _DIFFERENTIABLE))
+
+
 def attention(*fields: Any) -> Tensor:
-    """The operator on the fields of a `Problem`: output `[B, H, Tq, Dv]`."""
+    """Output `[B, H, Tq, Dv]` of the fields of a `Problem`."""
     save = 0
     if torch.is_grad_enabled():
-        wanted = [x is not None and x.requires_grad for x in fields[:_DIFFERENTIABLE]]
-        terms = wanted[_STRENGTH:_KEY_TERM] + wanted[_KEY_TERM + 1 :]
-        save = 2 if any(terms) else int(any(wanted))
-    return torch.ops.gravity_hf.triton_attention(*fields, save)[0]
+        for position, tensor in enumerate(fields[:_DIFFERENTIABLE]):
+            if tensor is not None and tensor.requires_grad:
+                save = max(save, _needed_level(position))
+    if _traced(fields):
+        return torch.ops.gravity_hf.triton_attention(*fields, save)[0]
+    if save == 0:
+        return _attention(*fields, save)[0]
+    return _Attention.apply(*fields, save)
+
+
+def _traced(fields: tuple) -> bool:
+    """Whether a compiler, a mode or a transform looks on, or something stands in for tensors."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    tensors = [x for x in fields[:_TENSORS] if x is not None]
+    return any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)

@@ -10,10 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forward import (
-    squared_norms,
-    tile_of,
-)
+from .forward import tile_of
 from .gradients import (
     Inputs,
     common_arguments,
@@ -115,20 +112,29 @@ def attend_keys(
             d_radius = tl.where(other, d_radius, 0.0)
         if LAW != "table":
             rounded, undo = narrow(distance, k.dtype, SCALED)
-            distance_sum += tl.sum(rounded.to(tl.float32), 1) * undo
+            # Every column of the sixteen is the row's sum of what the product above it multiplies,
+            # and tensor cores add it up for less than the other units would.
+            ones = tl.full([BLOCK_N, 16], 1.0, k.dtype)
+            if SCALED:
+                part_sum = product(rounded, ones, tl.zeros_like(distance_sum), PRECISION, NATIVE)
+                distance_sum += part_sum * undo
+            else:
+                distance_sum = product(rounded, ones, distance_sum, PRECISION, NATIVE)
             if SCALED:
                 grad_q += product(rounded, k, tl.zeros_like(grad_q), PRECISION, NATIVE) * undo
             else:
                 grad_q = product(rounded, k, grad_q, PRECISION, NATIVE)
-        if SUMS:
-            softening_sum += tl.sum(g, 1)
-            if LIFTED:
-                exact_sum += tl.sum(distance, 1)
+        if SUMS > 0:
+            if SUMS == 2:
+                softening_sum += tl.sum(g, 1)
+                if LIFTED:
+                    exact_sum += tl.sum(distance, 1)
             if PLAIN:
                 weight_sum += tl.sum(c, 1)
                 strength_sum += tl.sum(c * score, 1)
                 score_mean += tl.sum(weight * score, 1)
-                slope_mean += tl.sum(weight * d_strength, 1)
+                if SUMS == 2:
+                    slope_mean += tl.sum(weight * d_strength, 1)
             else:
                 strength_sum += tl.sum(d_strength, 1)
             if HAS_A:
@@ -218,7 +224,8 @@ def query_kernel(
     )
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     zero = tl.zeros([BLOCK_M], tl.float32)
-    distance_sum, strength_sum, weight_sum, softening_sum = zero, zero, zero, zero
+    distance_sum = tl.zeros([BLOCK_M, 16], tl.float32)
+    strength_sum, weight_sum, softening_sum = zero, zero, zero
     exact_sum, a_sum, bias_sum, radius_sum = zero, zero, zero, zero
     score_mean, slope_mean = zero, zero
     for part in tl.static_range(3):
@@ -247,13 +254,14 @@ def query_kernel(
                 SCALED, PRECISION, NATIVE, EXACT,
             )
     if LAW != "table":
-        grad_q = 2.0 * factor * (distance_sum[:, None] * q.to(tl.float32) - grad_q)
+        near_sum = tl.sum(distance_sum, 1) * (1.0 / 16)
+        grad_q = 2.0 * factor * (near_sum[:, None] * q.to(tl.float32) - grad_q)
         columns = tl.arange(0, BLOCK_D)
         at = grad_query + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
         at = at + rows[:, None].to(tl.int64) * out_row + columns[None, :]
         inside = row_valid[:, None] & (columns[None, :] < head_width)
         tl.store(at, grad_q.to(grad_query.dtype.element_ty), mask=inside)
-    if SUMS:
+    if SUMS > 0:
         at = sums + batch_head.to(tl.int64) * queries + rows
         if PLAIN:
             # sum c is 0 but for the rounding of delta. Its part in the sums would drown them where
@@ -267,8 +275,9 @@ def query_kernel(
             else:
                 strength_sum = strength_sum / unit
         tl.store(at + STRENGTH * sums_plane, strength_sum, mask=row_valid)
-        tl.store(at + SOFTENING * sums_plane, softening_sum * factor, mask=row_valid)
-        if LIFTED:
+        if SUMS == 2:
+            tl.store(at + SOFTENING * sums_plane, softening_sum * factor, mask=row_valid)
+        if LIFTED and SUMS == 2:
             tl.store(at + DISTANCE * sums_plane, exact_sum * factor, mask=row_valid)
         if HAS_A:
             tl.store(at + QUERY_MASS * sums_plane, a_sum, mask=row_valid)
@@ -282,13 +291,13 @@ def query_kernel(
 
 
 def query_gradients(
-    problem: Problem, inputs: Inputs, sums: bool, sizes: dict | None
+    problem: Problem, inputs: Inputs, sums: int, sizes: dict | None
 ) -> tuple[Tensor | None, Tensor]:
     """dL/dq, and the per-row sums `[ROW_SUMS, B, H, Tq]`."""
     v = inputs.v
-    shape = (ROW_SUMS if sums else 0, problem.batch, problem.heads, problem.queries)
+    shape = (ROW_SUMS if sums > 0 else 0, problem.batch, problem.heads, problem.queries)
     row_sums = torch.empty(shape, dtype=torch.float32, device=v.device)
-    if problem.q is None and not sums:
+    if problem.q is None and sums == 0:
         return None, row_sums
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
     sizes = sizes or query_tiles(v.dtype, max(block_d, block_v))
@@ -301,8 +310,8 @@ def query_gradients(
         grad_q = target = torch.empty_like(problem.q)
         q_tiles = tiles(inputs.q, rows, block_d)
         k_tiles = tiles(inputs.k, columns, block_d)
-        if problem.key_radius_sq is None:
-            key_sq = vectors(squared_norms(inputs.k), columns)
+        if inputs.norms is not None:
+            key_sq = vectors(inputs.norms, columns)
     query_kernel[(triton.cdiv(problem.queries, rows) * problem.batch * problem.heads,)](
         q_tiles,
         k_tiles,
@@ -313,13 +322,13 @@ def query_gradients(
         saved_plane=inputs.saved.stride(0),
         delta_at=inputs.delta,
         grad_query=target,
-        sums=row_sums if sums else inputs.saved,
+        sums=row_sums if sums > 0 else inputs.saved,
         out_b=target.stride(0),
         out_h=target.stride(1),
         out_row=target.stride(2),
         head_width=problem.width_k,
         padded=inputs.saved.shape[3],
-        sums_plane=row_sums.stride(0) if sums else 0,
+        sums_plane=row_sums.stride(0) if sums > 0 else 0,
         heads_together=problem.heads_together(),
         SUMS=sums,
         SCALED=v.dtype == torch.float16,
