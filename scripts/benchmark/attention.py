@@ -87,7 +87,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--passes", nargs="+", choices=WORKS, help="default: forward and backward; decoding forward"
     )
-    add("--launches", nargs="+", default=["eager"], choices=LAUNCHES, help="graph: CUDA, forward")
+    add("--launches", nargs="+", default=["eager"], choices=LAUNCHES, help="graph: CUDA replays")
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
     add("--mass", type=float, default=MASS, help="mass of a head, about (default %(default)s)")
     add("--eps", type=float, default=EPS, help="softening (default %(default)s)")
@@ -155,7 +155,7 @@ def _swept(options: argparse.Namespace) -> Iterator[Case]:
         works = options.passes or (WORKS[:1] if shape.is_decoding else WORKS[:2])
         providers = options.providers or DEFAULTS[options.device]
         for work, launch, provider in itertools.product(works, options.launches, providers):
-            if launch == "graph" and work != "forward":
+            if launch == "graph" and work == "backward":
                 continue
             laws = [("dot", "-")]
             if provider not in PEERS:

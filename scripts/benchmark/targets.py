@@ -119,16 +119,30 @@ def _laws(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _narrow(rows: list[Row], work: str, peer: str) -> list[dict[str, Any]]:
+    """The main shape's ratio and this one's, from calls and from replays of CUDA graphs. A replay
+    has no backward of its own: it is what forward and backward take more than forward."""
     lines = []
     for law, distance in _variants(rows, NARROW, work):
-        narrow, _ = _ratio(rows, NARROW, work, law, distance, peer)
         main, _ = _ratio(rows, MAIN, work, law, distance, peer)
-        both = narrow is not None and main is not None
-        name = f"D 64, MHA, S 2048 over main: {work} / {_PEER_NAMES[peer]}"
-        how = f"{narrow:.2f} / {main:.2f}" if both else ""
-        measured = narrow / main if both else None
-        lines.append(line(name, _name(law, distance), measured, _NARROW_OVER_MAIN, how=how))
+        calls, _ = _ratio(rows, NARROW, work, law, distance, peer)
+        ours = _replay(rows, work, SUBJECT, law, distance)
+        theirs = _replay(rows, work, peer, "dot", "-")
+        replays = ours / theirs if ours and theirs else None
+        for launch, narrow in (("", calls), (", graph", replays)):
+            both = narrow is not None and main is not None
+            name = f"D 64, MHA, S 2048 over main: {work}{launch} / {_PEER_NAMES[peer]}"
+            how = f"{narrow:.2f} / {main:.2f}" if both else ""
+            measured = narrow / main if both else None
+            lines.append(line(name, _name(law, distance), measured, _NARROW_OVER_MAIN, how=how))
     return lines
+
+
+def _replay(rows: list[Row], work: str, *which: str) -> float | None:
+    forward = _time(rows, NARROW, "forward", *which, "graph")
+    if work == "forward":
+        return forward
+    both = _time(rows, NARROW, "forward+backward", *which, "graph")
+    return both - forward if both and forward else None
 
 
 def _memory(rows: list[Row], law: str, distance: str) -> dict[str, Any]:

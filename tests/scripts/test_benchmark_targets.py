@@ -19,7 +19,11 @@ def _on_the_path(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def rows_of_the_table(time=lambda case: 1.0, memory=10.0):
+def one_a_pass(case):
+    return 2.0 if case.work == "forward+backward" else 1.0
+
+
+def rows_of_the_table(time=one_a_pass, memory=10.0):
     """A row for every case of the preset."""
     from presets import table_cases
 
@@ -89,6 +93,18 @@ def test_the_narrow_shape_is_held_to_the_ratio_of_the_main_one():
         lines_of(rows_of_the_table(time)), "D 64, MHA, S 2048 over main: forward / SDPA default"
     )
     assert line["measured"] == pytest.approx(2.0) and line["verdict"] == "missed"
+
+
+def test_replays_of_the_backward_are_what_both_take_more_than_the_forward():
+    def time(case):
+        if case.launch == "eager" or case.provider != "gravity_triton":
+            return one_a_pass(case)
+        return 4.5 if case.work == "forward+backward" else 1.5
+
+    lines = lines_of(rows_of_the_table(time))
+    name = "D 64, MHA, S 2048 over main: {}, graph / SDPA default"
+    assert named(lines, name.format("forward"))["measured"] == pytest.approx(1.5)
+    assert named(lines, name.format("backward"))["measured"] == pytest.approx(3.0)
 
 
 def test_decoding_is_held_to_the_fastest_of_sdpa():
