@@ -50,7 +50,7 @@ def backward(
     sums: int,
     sizes: dict | None = None,
 ) -> Gradients:
-    """Gradients of q, k, v and key_term (`sums` 0), of all others but eps and key_radius_sq too (1),
+    """Gradients of q, k, v and key_term (`sums` 0), of all but eps and key_radius_sq (1), or
     of everything (2). `saved`: see `forward.forward`.
     """
     inputs = gather_inputs(problem, out, saved, grad)
