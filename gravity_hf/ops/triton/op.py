@@ -48,7 +48,7 @@ def _needed_level(position: int) -> int:
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Kernels start on the current device, which need not be the tensor's."""
-    if tensor.device.type == "cuda":
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
 

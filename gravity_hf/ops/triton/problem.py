@@ -218,12 +218,21 @@ def tiles(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
     step = -(-dense // ALIGNMENT) * ALIGNMENT // tensor.element_size()
     strides = [s if n > 1 else step for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
     strides[3] = 1
-    return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, width])
+    return _descriptor(tensor, strides, [1, 1, rows, width])
 
 
 def vectors(tensor: Tensor, length: int) -> TensorDescriptor:
     """A description of `[rows, T]`, rows on 16 bytes, from which kernels load `[1, length]`."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, length])
+    return _descriptor(tensor, list(tensor.stride()), [1, length])
+
+
+def _descriptor(tensor: Tensor, strides: list[int], block: list[int]) -> TensorDescriptor:
+    """Without the constructor's checks, which hold by construction here: a call makes a dozen of
+    these, and checking them takes as long as a small kernel."""
+    description = object.__new__(TensorDescriptor)
+    description.base, description.shape = tensor, list(tensor.shape)
+    description.strides, description.block_shape = strides, block
+    return description
 
 
 def block_of(width: int) -> int:
