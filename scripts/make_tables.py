@@ -247,37 +247,6 @@ def transfer() -> str:
     return markdown(headers, table) + _conditions(results)
 
 
-def cost() -> str:
-    """The operator beside SDPA: force law, one length of each benchmark."""
-    headers = ["where", "implementation", "forward", "memory", "forward + backward", "memory"]
-    shown = {"sdpa": "SDPA"}
-    shown |= {name: f"gravity, {name}" for name in ("flex", "chunked", "reference")}
-    table = []
-    for name, keys in (("cpu_float32", 8192), ("h100_bf16", 4096)):
-        report = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
-        rows = [r for r in report["rows"] if r["keys"] == keys and r["law"] in ("dot", "force")]
-        where = _where(report["conditions"], keys)
-        for provider, title in shown.items():
-            found = {r["pass"]: r for r in rows if r["provider"] == provider}
-            cells = [_cost(found[kind]) for kind in ("forward", "forward+backward")]
-            table.append([where, title, *cells[0], *cells[1]])
-            where = ""
-    return markdown(headers, table)
-
-
-def _where(known: dict[str, Any], keys: int) -> str:
-    shape = known["shape"]
-    heads = f"{shape['heads']} heads ({shape['kv_heads']} KV) of {shape['width']}"
-    return f"{known['device']}, {known['dtype']}, batch {shape['batch']}, {heads}, {keys} tokens"
-
-
-def _cost(row: dict[str, Any]) -> list[str]:
-    if "failed" in row:
-        return ["–", "–"]
-    time = row["median_ms"]
-    return [f"{time:.1f} ms" if time < 100 else f"{time:.0f} ms", f"{row['extra_mib']:.0f} MiB"]
-
-
 def kernels(folder: Path = BENCHMARKS) -> str:
     """One shape's times and memory, then every target: attention, and whole training steps."""
     rows = read_csv("kernels_table.csv", folder)
@@ -388,7 +357,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "from-scratch": from_scratch,
     "encoder": encoder,
     "transfer": transfer,
-    "cost": cost,
     "kernels": kernels,
     "cpu-cost": cpu_cost,
 }

@@ -165,7 +165,7 @@ def _explain(device: torch.device, dtype: torch.dtype, mask: Tensor | None) -> t
         plain = "chunked where a call has gradients, dropout, a mask tensor or more terms"
         return "flex", f"triton cannot serve: {refusal}; {plain}"
     # In float32 flex's products leave the tensor cores and it takes 2.7 times as long as chunked
-    # (scripts/benchmark/results/h100_fp32.json).
+    # (scripts/benchmark/results/kernels_float32.csv).
     return "chunked", f"triton cannot serve: {refusal}; flex is slower than chunked in {dtype}"
 
 

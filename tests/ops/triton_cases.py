@@ -149,8 +149,9 @@ def check_budgets(dtype: torch.dtype, cases: list[dict[str, Tensor]], **options:
         assert [x.dtype for x in actual[name]] == [x.dtype for x in peers[name]], name
         stacked = [torch.stack(pool[name]) for pool in (actual, truth, peers)]
         if stacked[1].abs().max() < 1e-12:
-            # It vanishes identically (one key, equal keys); a peer may hit 0 by luck.
-            assert stacked[0].abs().max() < 1e-4, name
+            # It vanishes identically (one key, equal keys): what is left is rounding of terms of
+            # size 1, and a peer may hit 0 by luck.
+            assert stacked[0].abs().max() < max(torch.finfo(dtype).eps, 1e-5), name
             continue
         assert_within_budget(name, *stacked, factor=factor)
 

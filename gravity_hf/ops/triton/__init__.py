@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor
 __all__ = ["gravity_attention_triton", "triton_refusal"]
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton builds a small launcher for each kernel.
+_HAS_COMPILER = any([os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")])
+_OLDEST = (8, 0)
 
 
 def triton_refusal(
@@ -20,12 +25,28 @@ def triton_refusal(
     """Why the kernels cannot serve a call, as a clause; None where they can."""
     if not _INSTALLED:
         return "triton is not installed (pip install triton)"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return f"the device is {device.type}, and triton needs CUDA (or TRITON_INTERPRET=1)"
+    if os.environ.get("TRITON_INTERPRET", "0") != "1":
+        if device.type != "cuda":
+            return f"the device is {device.type}, and triton needs CUDA (or TRITON_INTERPRET=1)"
+        problem = _device_refusal(device)
+        if problem is not None:
+            return problem
     if dtype == torch.float64:
         return "the dtype is torch.float64, and the kernels compute in float32"
     if mask is not None and mask.requires_grad:
         return "the float mask requires a gradient, which the kernels do not compute"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _device_refusal(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the device is an AMD GPU, and the kernels hold instructions of NVIDIA's"
+    if not _HAS_COMPILER:
+        return "triton needs a C compiler (install gcc or clang, or set CC)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        return f"the GPU has compute capability {capability}, and the kernels need {_OLDEST}"
     return None
 
 

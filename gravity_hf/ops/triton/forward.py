@@ -343,7 +343,7 @@ def forward(problem: Problem, saved: Tensor | None, sizes: dict | None = None) -
     out = torch.empty(shape, dtype=v.dtype, device=v.device).transpose(1, 2)
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
     flags = problem.flags()
-    sizes = sizes or forward_tiles(v.dtype, max(block_d, block_v), problem.plain)
+    sizes = sizes or forward_tiles(v.dtype, max(block_d, block_v), problem.plain, v.device)
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     v_tiles = tiles(v, columns, block_v)
     key_sq, key_sq_max = v_tiles, problem.strength

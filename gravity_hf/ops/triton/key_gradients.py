@@ -249,7 +249,7 @@ def key_gradients(
     """dL/dk, dL/dv, and dL/d(key term) `[B, H, Tk]`."""
     v = inputs.v
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    sizes = dict(sizes or key_tiles(v.dtype, max(block_d, block_v)))
+    sizes = dict(sizes or key_tiles(v.dtype, max(block_d, block_v), v.device))
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     blocks = triton.cdiv(problem.keys, columns) * problem.batch * problem.kv_heads
     splits = sizes.pop("SPLITS", None) or head_splits(problem, blocks, v.device)

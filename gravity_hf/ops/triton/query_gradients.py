@@ -300,7 +300,7 @@ def query_gradients(
     if problem.q is None and sums == 0:
         return None, row_sums
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    sizes = sizes or query_tiles(v.dtype, max(block_d, block_v))
+    sizes = sizes or query_tiles(v.dtype, max(block_d, block_v), v.device)
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     v_tiles = tiles(v, columns, block_v)
     grad_q = None

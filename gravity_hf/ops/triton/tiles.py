@@ -2,47 +2,86 @@
 
 Chosen on an H100 (`python scripts/benchmark/tiles.py`). Small tiles of four warps win there over
 the usual 128 rows of eight: two programs share a processor, and one computes scores while the other
-multiplies.
+multiplies. Devices with less shared memory get the first choice that fits it.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 
 Tiles = dict[str, int]
 
+# Beside the tiles: norms, sums, barriers.
+_BESIDE = 6 * 1024
 
-def forward_tiles(dtype: torch.dtype, width: int, plain: bool) -> Tiles:
+
+def forward_tiles(dtype: torch.dtype, width: int, plain: bool, device: torch.device) -> Tiles:
     """Rows and keys of a tile for a head padded to `width`; `plain`: the law alone."""
     if dtype == torch.float32:
-        return _tiles(64, 32, 4, 2) if width <= 128 else _tiles(32, 32, 4, 1)
-    if width > 128 or not plain:
-        return _tiles(64, 32, 4, 2)
-    return _tiles(64, 64, 4, 3)
+        choices = [(64, 32, 4, 2)] if width <= 128 else [(32, 32, 4, 1)]
+    elif width > 128 or not plain:
+        choices = [(64, 32, 4, 2)]
+    else:
+        choices = [(64, 64, 4, 3), (64, 64, 4, 2)]
+    return _first_that_fits([*choices, (64, 32, 4, 1), (32, 32, 4, 1)], 1, dtype, width, device)
 
 
-def query_tiles(dtype: torch.dtype, width: int) -> Tiles:
+def query_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
     """For the gradient of queries."""
     if dtype == torch.float32:
-        return _tiles(64, 32, 4, 1) if width <= 128 else _tiles(32, 32, 4, 1)
-    return _tiles(64, 64, 4, 2)
+        choices = [(64, 32, 4, 1)] if width <= 128 else []
+    else:
+        choices = [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)]
+    return _first_that_fits([*choices, (32, 32, 4, 1)], 2, dtype, width, device)
 
 
-def key_tiles(dtype: torch.dtype, width: int) -> Tiles:
+def key_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
     """For the gradients of keys and values."""
     if dtype == torch.float32:
-        return _tiles(32, 64, 4, 1) if width <= 128 else _tiles(32, 32, 4, 1)
-    if width > 128:
-        return _tiles(64, 64, 4, 2)
-    return _tiles(64 if width <= 64 else 32, 64, 4, 3 if width <= 64 else 2)
+        choices = [(32, 64, 4, 1)] if width <= 128 else []
+    elif width > 128:
+        choices = [(64, 64, 4, 2), (64, 64, 4, 1)]
+    else:
+        choices = [(64, 64, 4, 3)] if width <= 64 else [(32, 64, 4, 2)]
+    choices = [*choices, (32, 64, 4, 1), (32, 32, 4, 1)]
+    return _first_that_fits(choices, 2, dtype, width, device, keys_stay=True)
 
 
 def table_tiles(dtype: torch.dtype, width: int) -> Tiles:
     """For the gradient of a table of inverse distances."""
     side = 32 if dtype == torch.float32 or width > 128 else 64
-    return _tiles(side, side, 4, 1)
+    return _named((side, side, 4, 1))
 
 
-def _tiles(rows: int, keys: int, warps: int, stages: int) -> Tiles:
-    # Rows of 32 floats at least: the copy engine wants 128 bytes of norms and sums.
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+def _first_that_fits(
+    choices: list[tuple[int, int, int, int]],
+    staying: int,
+    dtype: torch.dtype,
+    width: int,
+    device: torch.device,
+    keys_stay: bool = False,
+) -> Tiles:
+    """`staying`: tensors of which a program keeps one tile; of two others each stage has a tile."""
+    limit = _shared_bytes(device)
+    for choice in choices:
+        rows, keys, _, stages = choice
+        kept, moving = (keys, rows) if keys_stay else (rows, keys)
+        needed = width * dtype.itemsize * (staying * kept + 2 * stages * moving)
+        if limit == 0 or needed + _BESIDE <= limit:
+            break
+    return _named(choice)
+
+
+def _named(choice: tuple[int, int, int, int]) -> Tiles:
+    # 32 rows and keys at least: the copy engine wants 128 bytes of norms and sums.
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), choice, strict=True))
+
+
+@lru_cache(maxsize=64)
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may have; 0 in the interpreter, where there is no limit."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
