@@ -213,7 +213,8 @@ def _visibility(mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, An
     was made for tensors of these shapes on this device, else its values."""
     visible = visible_keys_of(mask)
     if mask is None or visible is None or mask.device != query.device:
-        return {"mask": ordinary(mask)}
+        values = ordinary(mask)
+        return {"mask": None if values is None else values.to(query.device)}
     batch, _, queries, keys = mask.shape
     if (queries, keys) != (query.shape[2], key.shape[2]) or batch not in (1, query.shape[0]):
         return {"mask": ordinary(mask)}

@@ -173,6 +173,8 @@ def gravity_mask(
         return _noted(_additive(request, shown, dtype), visible)
     if isinstance(q_offset, Tensor):  # the cache counts on in this tensor
         request = request._replace(q_offset=q_offset.clone())
+    if request.attention_mask is not None:  # its owner may edit it before the values are made
+        request = request._replace(attention_mask=request.attention_mask.clone())
     make = functools.partial(_additive, request, shown, dtype)
     if q_length == 1 or batch_size == 0:
         # A single row is small, and `generate` may hand it to a compiled forward.

@@ -13,7 +13,7 @@ from .chunked import gravity_attention_chunked
 from .cutoff import Cutoff
 from .flex import flex_refusal, gravity_attention_flex
 from .ranges import ranges_from_cu_seqlens
-from .reference import gravity_attention_reference
+from .reference import compute_dtype, gravity_attention_reference
 
 
 def gravity_attention(
@@ -114,7 +114,8 @@ def gravity_attention(
     if cu_seqlens is not None:
         options["key_ranges"] = ranges_from_cu_seqlens(cu_seqlens, v.shape[2])
     if eps is not None and not isinstance(eps, Tensor):
-        options["eps"] = torch.full_like(mass, eps)
+        kind = {"dtype": compute_dtype(v.dtype), "device": mass.device}
+        options["eps"] = torch.full(mass.shape, eps, **kind)
     if impl == "auto":
         impl = choose_implementation(q, k, v, mass, options)
     if impl == "reference":
@@ -136,7 +137,8 @@ def choose_implementation(
     terms), those with a mask tensor, and those inside `torch.compile`, where flex would be a
     compiler in a compiler.
     """
-    name, _ = _explain(v.device, v.dtype, options["mask"])
+    width = max(v.shape[3], 0 if q is None else q.shape[3])
+    name, _ = _explain(v.device, v.dtype, options["mask"], width)
     if v.numel() == 0 or (q is not None and q.numel() == 0):
         return "chunked"
     if name == "flex" and (
@@ -150,15 +152,17 @@ def choose_implementation(
 
 def explain_implementation(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     """What `impl="auto"` chooses on a device for inputs of a dtype, and why, in words."""
-    return _explain(torch.device(device), dtype, None)
+    return _explain(torch.device(device), dtype, None, 0)
 
 
-def _explain(device: torch.device, dtype: torch.dtype, mask: Tensor | None) -> tuple[str, str]:
+def _explain(
+    device: torch.device, dtype: torch.dtype, mask: Tensor | None, width: int
+) -> tuple[str, str]:
     if device.type != "cuda":
         return "chunked", f"the device is {device.type}, and triton and flex are for CUDA"
     from .triton import triton_refusal
 
-    refusal = triton_refusal(device, dtype, mask)
+    refusal = triton_refusal(device, dtype, mask, width)
     if refusal is None:
         return "triton", f"CUDA, {dtype}, and triton is importable"
     if dtype in (torch.bfloat16, torch.float16):
@@ -175,7 +179,8 @@ def _triton(
     # Imported here: `import gravity_hf` must not import triton.
     from .triton import gravity_attention_triton, triton_refusal
 
-    refusal = triton_refusal(v.device, v.dtype, options["mask"])
+    width = max(v.shape[3], 0 if q is None else q.shape[3])
+    refusal = triton_refusal(v.device, v.dtype, options["mask"], width)
     if refusal is not None:
         raise ValueError(
             f"gravity_attention: impl='triton' cannot serve this call: {refusal}. Use impl='auto' "

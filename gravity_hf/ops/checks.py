@@ -45,6 +45,11 @@ def check_call(
         sizes = _check_table(q, k, v, mass, options)
     _check_terms(sizes, options)
     _check_visible(sizes, options, cu_seqlens)
+    _expect(mass.is_floating_point(), "mass", "a floating dtype", mass.dtype)
+    given = {"q": q, "k": k, "mass": mass, "cu_seqlens": cu_seqlens, **options}
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            _expect(value.device == v.device, name, f"the device of v, {v.device}", value.device)
 
 
 def _check_vectors(

@@ -16,6 +16,8 @@ from gravity_hf.ops.cutoff import Cutoff
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"mass": torch.ones(4).int()}, "mass: expected a floating dtype, got torch.int32"),
+        ({"eps": torch.ones(4, device="meta")}, "eps: expected the device of v, cpu, got meta"),
         ({"law": "newton"}, "law: expected one of .*'force', 'power'.*, got newton"),
         ({"impl": "magic"}, "impl: expected one of .*, got magic"),
         ({"dropout_p": 1.0}, r"dropout_p: expected a number in \[0, 1\), got 1.0"),
@@ -130,7 +132,7 @@ def triton(monkeypatch):
     """The kernels' package as the chooser sees it; `triton.problem` is why it cannot serve."""
     package = types.ModuleType("gravity_hf.ops.triton")
     package.problem = None
-    package.triton_refusal = lambda device, dtype, mask: package.problem
+    package.triton_refusal = lambda device, dtype, mask, width: package.problem
     package.gravity_attention_triton = lambda q, k, v, mass, **options: v
     monkeypatch.setitem(sys.modules, "gravity_hf.ops.triton", package)
     return package

@@ -19,7 +19,8 @@ from gravity_hf.ops.triton import gravity_attention_triton, triton_refusal
 
 require_kernels()
 
-from gravity_hf.ops.triton import op as _op  # noqa: E402, F401  (registers the operator)
+from gravity_hf.ops.triton import op as _op  # noqa: E402
+from gravity_hf.ops.triton.problem import aligned  # noqa: E402
 
 LAW_AND_DISTANCE = [(law, lifted) for law in ("force", "power") for lifted in (False, True)]
 ON_GPU = torch.cuda.is_available()
@@ -77,6 +78,7 @@ def test_views_are_read_in_place_and_odd_widths_are_padded():
         strided[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
         assert not strided[name].is_contiguous()
     expected = kernel_results(inputs, causal=True)
+    assert all(aligned(strided[name]) is strided[name] for name in "qkv")
     for name, value in kernel_results(strided, causal=True).items():
         assert torch.equal(value, expected[name]), name
     for width in (5, 6):
@@ -240,16 +242,58 @@ def test_checkpointing_gives_the_same_gradients():
         assert torch.equal(value, expected[name]), name
 
 
-def test_only_wanted_gradients_are_computed():
+def test_only_wanted_gradients_are_computed(monkeypatch):
     """Frozen masses, as in LoRA: no per-row sums, and the same gradients of q, k and v."""
     inputs = moved(cast(make_inputs(queries=20, keys=20), torch.float32))
     expected = values_and_gradients(gravity_attention_triton, inputs, causal=True)
+    levels, backward = [], _op.backward
+
+    def watched(*arguments, sums):
+        levels.append(sums)
+        return backward(*arguments, sums=sums)
+
+    monkeypatch.setattr(_op, "backward", watched)
     leaves = {n: x.clone().requires_grad_(n in "qkv") for n, x in inputs.items()}
     output = run(gravity_attention_triton, leaves, causal=True)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(output)
     gradients = torch.autograd.grad(output, [leaves[n] for n in "qkv"], direction)
+    assert levels == [0]
     for name, value in zip("qkv", gradients, strict=True):
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_query_heads_of_a_key_head_may_be_divided_among_programs(splits, monkeypatch):
+    """Few keys on a large device: each program adds up its own heads' part. Views, as models pass
+    them, keep their layout, which is what a compiler is told."""
+    monkeypatch.setattr("gravity_hf.ops.triton.key_gradients.head_splits", lambda *_: splits)
+    inputs = make_inputs(queries=40, keys=40, width=16, heads=8, token_masses=True)
+    check(inputs, causal=True)
+    inputs = moved(cast(inputs, torch.float32))
+    for name in ("q", "k", "v"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    operator = torch.ops.gravity_hf.triton_attention.default
+    torch.library.opcheck(
+        operator, operator_arguments(inputs, save=3), test_utils="test_aot_dispatch_dynamic"
+    )
+    leaves = {n: x.clone(memory_format=torch.preserve_format) for n, x in inputs.items()}
+    leaves = {n: x.requires_grad_() for n, x in leaves.items()}
+    output = run(gravity_attention_triton, leaves)
+    gradients = torch.autograd.grad(output.sum(), [leaves[name] for name in "qkv"])
+    for name, gradient in zip("qkv", gradients, strict=True):
+        assert gradient.stride() == leaves[name].stride(), name
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("law", ["force", "power"])
+def test_nan_inputs_are_not_hidden(law, name):
+    """A NaN is no distance, least of all 0."""
+    inputs = cast(make_inputs(queries=20, keys=20), torch.float32)
+    inputs[name][0, 0, 3] = float("nan")
+    with torch.no_grad():
+        output = run(gravity_attention_triton, moved(inputs), law=law).cpu()
+    assert output[0, 0, 3].isnan().all()
+    assert output[1].isfinite().all()
 
 
 def test_second_derivatives_are_refused():
@@ -262,7 +306,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_shapes_without_data():
-    """Meta tensors: no memory is touched, so offsets beyond 2^31 cost nothing."""
+    """Meta tensors: shapes, forward and backward, without memory."""
     q = torch.empty(1, 2, 70_000, 64, device="meta", requires_grad=True)
     terms = {"mass": torch.empty(2, device="meta"), "eps": torch.empty(2, device="meta")}
     output = run(gravity_attention_triton, {"q": q, "k": q, "v": q, **terms})
@@ -278,7 +322,8 @@ def test_refusals_name_the_reason():
     mask = torch.zeros(9, 11, device=DEVICE, requires_grad=True)
     with pytest.raises(ValueError, match="the float mask requires a gradient"):
         run(gravity_attention, cast(inputs, torch.float32), mask=mask, impl="triton")
-    assert triton_refusal(torch.device("cuda"), torch.float16) is None
+    assert triton_refusal(torch.device(DEVICE), torch.float16) is None
+    assert "512 wide" in triton_refusal(torch.device(DEVICE), torch.float16, width=512)
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tiles import fits
+
 __all__ = ["gravity_attention_triton", "triton_refusal"]
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -20,9 +22,10 @@ _OLDEST = (8, 0)
 
 
 def triton_refusal(
-    device: torch.device, dtype: torch.dtype, mask: Tensor | None = None
+    device: torch.device, dtype: torch.dtype, mask: Tensor | None = None, width: int = 0
 ) -> str | None:
-    """Why the kernels cannot serve a call, as a clause; None where they can."""
+    """Why the kernels cannot serve a call, as a clause; None where they can. `width`: the larger of
+    D and Dv."""
     if not _INSTALLED:
         return "triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET", "0") != "1":
@@ -33,6 +36,8 @@ def triton_refusal(
             return problem
     if dtype == torch.float64:
         return "the dtype is torch.float64, and the kernels compute in float32"
+    if not fits(dtype, width, device):
+        return f"no tile of heads {width} wide in {dtype} fits its memory"
     if mask is not None and mask.requires_grad:
         return "the float mask requires a gradient, which the kernels do not compute"
     return None
@@ -44,7 +49,8 @@ def _device_refusal(device: torch.device) -> str | None:
         return "the device is an AMD GPU, and the kernels hold instructions of NVIDIA's"
     if not _HAS_COMPILER:
         return "triton needs a C compiler (install gcc or clang, or set CC)"
-    capability = torch.cuda.get_device_capability(device)
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
     if capability < _OLDEST:
         return f"the GPU has compute capability {capability}, and the kernels need {_OLDEST}"
     return None

@@ -31,8 +31,8 @@ from .score import (
 from .tiles import forward_tiles
 from .visible import key_span, load_mask, load_ranges, visible_pairs
 
-# 2^(span / 2) weights of 2^20 keys still fit float32, with as much room below 1.
-BOUNDED_SPAN = tl.constexpr(200.0)
+# Weights up to 2^80: sums of 2^20 keys times values of 2^20 still fit float32.
+BOUNDED_SPAN = tl.constexpr(160.0)
 
 
 # fmt: off
@@ -42,9 +42,9 @@ def squared_norms_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """`|k_j|^2` `[B, Hkv, Tk]` in float32."""
-    batch_head = tl.program_id(1)
+    batch_head = tl.program_id(0)
     batch, head = batch_head // kv_heads, batch_head % kv_heads
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     at = k + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     at = at + rows[:, None].to(tl.int64) * stride_row + columns[None, :]
@@ -115,7 +115,7 @@ def attend_tiles(
                     norm[None, :], key_scale, query_term[:, None], BLOCK_M, BLOCK_N
                 )
                 softened = inner * slope + term
-            softened = tl.maximum(softened, floor)
+            softened = tl.maximum(softened, floor, propagate_nan=tl.PropagateNan.ALL)
         if PLAIN:
             score = plain_scores(softened, strength, LAW == "power", NATIVE)
         else:
@@ -299,6 +299,9 @@ def forward_kernel(
             base = tl.where(bounded == 1, offset, peak)
         # A row that saw nothing: weights 2^(score - inf) = 0 in the backward.
         value = tl.where(alive, base + tl.log2(tl.where(alive, total, 1.0)), float("inf"))
+        # Rows of padding too: what is never written may be NaN, and NaN times 0 is NaN.
+        value = tl.where(row_valid, value, float("inf"))
+        row_valid = rows < padded
         tl.store(saved + padded_row, value, mask=row_valid)
         rest = tl.where(alive, tl.log2(tl.where(alive, total, 1.0)) - (value - base), 0.0)
         tl.store(saved + saved_plane + padded_row, rest, mask=row_valid)
@@ -316,7 +319,8 @@ def squared_norms(k: Tensor) -> Tensor:
     norms = torch.empty(batch * kv_heads, padded, dtype=torch.float32, device=k.device)
     block_d = block_of(width)
     block = 64 if block_d <= 128 else 32
-    squared_norms_kernel[(triton.cdiv(keys, block), batch * kv_heads)](
+    # The first direction of a grid is the one without a limit.
+    squared_norms_kernel[(batch * kv_heads, triton.cdiv(keys, block))](
         k,
         norms,
         padded,
@@ -339,8 +343,7 @@ def forward(problem: Problem, saved: Tensor | None, sizes: dict | None = None) -
     weights, what float32 lost of it, and `|q_i|^2`.
     """
     v = aligned(problem.v)
-    shape = (problem.batch, problem.queries, problem.heads, problem.width_v)
-    out = torch.empty(shape, dtype=v.dtype, device=v.device).transpose(1, 2)
+    out = torch.empty_strided(*problem.layout(), dtype=v.dtype, device=v.device)
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
     flags = problem.flags()
     sizes = sizes or forward_tiles(v.dtype, max(block_d, block_v), problem.plain, v.device)

@@ -43,9 +43,9 @@ def delta_kernel(
     value_width, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
     """`delta_i = G_o,i . o_i`; padding is zero."""
-    batch_head = tl.program_id(1)
+    batch_head = tl.program_id(0)
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wide = rows[:, None].to(tl.int64)
     columns = tl.arange(0, BLOCK_V)[None, :]
     inside = (rows[:, None] < queries) & (columns < value_width)
@@ -73,10 +73,10 @@ def narrow(x, like: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit
 def pair_gradients(
-    weight, grad_weight, score, softened, eps, floor, strength, factor, a, b, bias, radius_sq,
-    width, ceiling, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
-    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, NATIVE: tl.constexpr,
+    weight, grad_weight, score, softened, eps, floor, strength, a, b, bias, radius_sq, width,
+    ceiling, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
+    CUTOFF: tl.constexpr, NATIVE: tl.constexpr,
 ):
     """dL/d(squared distance) of every pair from weights and dL/dweight - delta; of the plain laws
     without the factor of `plain_factor`. Clamped distances get none. Then what the sums over rows
@@ -131,7 +131,8 @@ def weights_again(
     if LAW == "table":
         softened = inner
     else:
-        softened = tl.maximum(inner * slope + term, floor)
+        softened = inner * slope + term
+        softened = tl.maximum(softened, floor, propagate_nan=tl.PropagateNan.ALL)
     if PLAIN:
         score = plain_scores(softened, strength, LAW == "power", NATIVE)
     else:
@@ -191,7 +192,7 @@ def gather_inputs(problem: Problem, out: Tensor, saved: Tensor, grad: Tensor) ->
     delta = torch.empty(saved.shape[1:], dtype=torch.float32, device=saved.device)
     padded, block_v = saved.shape[3], block_of(problem.width_v)
     block = 64 if block_v <= 128 else 32
-    delta_kernel[(triton.cdiv(padded, block), problem.batch * problem.heads)](
+    delta_kernel[(problem.batch * problem.heads, triton.cdiv(padded, block))](
         out,
         grad,
         delta,

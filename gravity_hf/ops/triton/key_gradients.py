@@ -104,9 +104,9 @@ def attend_queries(
         # `factor` differs between the heads that share these keys: it cannot wait for the end.
         grad_weight = grad_weight * factor - (delta * factor)[None, :]
         distance, c, g, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
-            weight, grad_weight, score, softened, eps, floor, strength, factor, a, b, bias,
-            radius_sq, width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
-            HAS_CEILING, CUTOFF, NATIVE,
+            weight, grad_weight, score, softened, eps, floor, strength, a, b, bias, radius_sq,
+            width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING,
+            CUTOFF, NATIVE,
         )
         if EXCLUDE_SELF and MASKED:
             other = columns[:, None] != rows[None, :] + shift
@@ -310,7 +310,8 @@ def key_gradients(
     )
 
     def joined(parts: Tensor, like: Tensor) -> Tensor:
-        return parts[0] if splits == 1 else parts.sum(0).to(like.dtype)
+        # Laid out as the tensor is, which is what a compiler is told.
+        return parts[0] if splits == 1 else torch.empty_like(like).copy_(parts.sum(0))
 
     return (
         None if inputs.q is None else joined(grad_k, problem.k),

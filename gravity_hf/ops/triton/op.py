@@ -46,6 +46,17 @@ def _needed_level(position: int) -> int:
     return 3 if position in (_EPS, _KEY_RADIUS) else 2
 
 
+def _gradient_room(grad: Tensor, arguments: tuple) -> tuple[Tensor, ...]:
+    """A tensor for each gradient; empty where there is none."""
+    save = arguments[-1]
+    return tuple(
+        grad.new_empty(0)
+        if tensor is None or save < _needed_level(position)
+        else torch.empty_like(tensor)
+        for position, tensor in enumerate(arguments[:_DIFFERENTIABLE])
+    )
+
+
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Kernels start on the current device, which need not be the tensor's."""
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
@@ -95,8 +106,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*fields)
     saved = _room(problem.v, problem.heads, problem.queries, save > 0)
     if problem.empty:
-        shape = (problem.batch, problem.queries, problem.heads, problem.width_v)
-        return problem.v.new_zeros(shape).transpose(1, 2), saved
+        return problem.v.new_empty_strided(*problem.layout()).zero_(), saved
     with _device(problem.v):
         if save == 0 and _decodes(problem):
             return _decode(problem), saved
@@ -110,8 +120,7 @@ def _attention_backward(
     *fields, save = arguments
     problem = Problem(*fields)
     if problem.empty:
-        tensors = arguments[:_DIFFERENTIABLE]
-        return tuple(grad.new_empty(0) if x is None else torch.zeros_like(x) for x in tensors)
+        return tuple(x.zero_() for x in _gradient_room(grad, arguments))
     with _device(problem.v):
         results = backward(problem, out, saved, grad, sums=max(save - 1, 0))
     return tuple(grad.new_empty(0) if x is None else x for x in results)
@@ -126,23 +135,15 @@ def _attention_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
     *fields, save = arguments
     problem = Problem(*fields)
     v = problem.v
-    out = v.new_empty(problem.batch, problem.queries, problem.heads, problem.width_v)
     saved = _room(v, problem.heads, problem.queries, save > 0)
-    return out.transpose(1, 2), saved
+    return v.new_empty_strided(*problem.layout()), saved
 
 
 @torch.library.register_fake("gravity_hf::triton_attention_backward")
 def _attention_backward_shapes(
     grad: Tensor, out: Tensor, saved: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    save = arguments[-1]
-    results = []
-    for position, tensor in enumerate(arguments[:_DIFFERENTIABLE]):
-        if tensor is None or save < _needed_level(position):
-            results.append(grad.new_empty(0))
-        else:
-            results.append(torch.empty_like(tensor))
-    return tuple(results)
+    return _gradient_room(grad, arguments)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -217,7 +218,9 @@ def attention(*fields: Any) -> Tensor:
 
 def _traced(fields: tuple) -> bool:
     """Whether a compiler, a mode or a transform looks on, or something stands in for tensors."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True

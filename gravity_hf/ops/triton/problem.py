@@ -89,6 +89,13 @@ class Problem:
         """No query or no key: nothing for a kernel to do."""
         return 0 in (self.batch, self.heads, self.queries, self.keys, self.width_v)
 
+    def layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape `[B, H, Tq, Dv]` and strides of the output, in memory `[B, Tq, H, Dv]`, as models
+        go on with it."""
+        batch, heads, queries, width = self.batch, self.heads, self.queries, self.width_v
+        strides = (queries * heads * width, width, heads * width, 1)
+        return (batch, heads, queries, width), strides
+
     @property
     def plain(self) -> bool:
         """The law alone: scores from distances, strength and softening."""

@@ -54,7 +54,7 @@ def attend_keys(
     grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum, score_mean,
     slope_mean, a_sum, bias_sum, radius_sum, low, high, q, grad_out, lse, rest, delta, k_desc,
     v_desc, key_sq, batch, head, kv_head, batch_head, batch_kv, rows, query_term, slope, floor,
-    unit, strength, eps, factor, a, key_term, bias, radius_sq, width, ceiling, table, table_stride,
+    unit, strength, eps, a, key_term, bias, radius_sq, width, ceiling, table, table_stride,
     start, stop, shift, window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column,
     mask_lowest, seed, dropout, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
@@ -97,9 +97,9 @@ def attend_keys(
                 seed, dropout, batch_head, rows[:, None], columns[None, :], queries, keys
             )
         distance, c, g, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
-            weight, grad_weight - delta[:, None], score, softened, eps, floor, strength, factor, a,
-            b, bias, radius_sq, width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS,
-            REPULSIVE, HAS_CEILING, CUTOFF, NATIVE,
+            weight, grad_weight - delta[:, None], score, softened, eps, floor, strength, a, b, bias,
+            radius_sq, width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
+            HAS_CEILING, CUTOFF, NATIVE,
         )
         if EXCLUDE_SELF and MASKED:
             # That score is a constant.
@@ -246,7 +246,7 @@ def query_kernel(
                 score_mean, slope_mean, a_sum, bias_sum, radius_sum, part_low, part_high, q,
                 grad_out, lse, rest, delta, k_desc, v_desc, key_sq, batch, head, kv_head,
                 batch_head, batch_kv, rows, query_term, -2.0 / unit, head_eps / unit, unit,
-                head_strength, head_eps, factor, a, key_term, bias, radius_sq, width, ceiling,
+                head_strength, head_eps, a, key_term, bias, radius_sq, width, ceiling,
                 table, table_stride, start, stop, shift, window, queries, keys, mask, mask_b,
                 mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW, PLAIN, LIFTED,
                 HAS_A, HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES,

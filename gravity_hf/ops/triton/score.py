@@ -109,8 +109,8 @@ def general_scores(
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
     HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr,
 ):
-    """Scores from softened distances (law "table": from inverse distances), and which pairs the
-    hard cutoff leaves. `a` broadcasts over keys, `b` over queries."""
+    """Scores from softened distances (law "table": from inverse distances). `a` broadcasts over
+    keys, `b` over queries. Hiding what a hard cutoff hides is the caller's."""
     if LAW == "power":
         score = -strength * tl.log(softened)
         if HAS_B:

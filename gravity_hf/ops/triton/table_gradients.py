@@ -60,6 +60,7 @@ def table_kernel(
     if DROPOUT:
         seed = tl.load(seed_at)
     for step in tl.range(0, count, num_stages=1):
+        # A tensor also in the interpreter, where a loop counts in numbers.
         batch_head = tl.program_id(2) + step
         batch, head = batch_head // heads, batch_head % heads
         kv_head = head // (heads // kv_heads)
@@ -97,8 +98,8 @@ def table_kernel(
                 seed, dropout, batch_head, rows[:, None], columns[None, :], queries, keys
             )
         distance, c, g, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
-            weight, grad_weight - delta[:, None], score, softened, 0.0, 0.0, head_strength, 1.0, a,
-            b, bias, 1.0, width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
+            weight, grad_weight - delta[:, None], score, softened, 0.0, 0.0, head_strength, a, b,
+            bias, 1.0, width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
             HAS_CEILING, CUTOFF, NATIVE,
         )
         if EXCLUDE_SELF:
@@ -113,7 +114,7 @@ def table_kernel(
 
 def table_gradients(problem: Problem, inputs: Inputs) -> Tensor:
     block_v = block_of(problem.width_v)
-    sizes = table_tiles(inputs.v.dtype, block_v)
+    sizes = table_tiles(inputs.v.dtype, block_v, inputs.v.device)
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     result = torch.empty_like(problem.table)
     # One program in the third direction: the kernel goes over batch and heads itself.

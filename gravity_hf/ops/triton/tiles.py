@@ -12,6 +12,10 @@ from functools import lru_cache
 import torch
 
 Tiles = dict[str, int]
+Choice = tuple[int, int, int, int]
+
+WIDEST = 256
+_SMALLEST: Choice = (32, 32, 4, 1)
 
 # Beside the tiles: norms, sums, barriers.
 _BESIDE = 6 * 1024
@@ -20,12 +24,12 @@ _BESIDE = 6 * 1024
 def forward_tiles(dtype: torch.dtype, width: int, plain: bool, device: torch.device) -> Tiles:
     """Rows and keys of a tile for a head padded to `width`; `plain`: the law alone."""
     if dtype == torch.float32:
-        choices = [(64, 32, 4, 2)] if width <= 128 else [(32, 32, 4, 1)]
+        choices = [(64, 32, 4, 2)] if width <= 128 else [_SMALLEST]
     elif width > 128 or not plain:
         choices = [(64, 32, 4, 2)]
     else:
         choices = [(64, 64, 4, 3), (64, 64, 4, 2)]
-    return _first_that_fits([*choices, (64, 32, 4, 1), (32, 32, 4, 1)], 1, dtype, width, device)
+    return _first_that_fits([*choices, (64, 32, 4, 1), _SMALLEST], 1, dtype, width, device)
 
 
 def query_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
@@ -34,7 +38,7 @@ def query_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
         choices = [(64, 32, 4, 1)] if width <= 128 else []
     else:
         choices = [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)]
-    return _first_that_fits([*choices, (32, 32, 4, 1)], 2, dtype, width, device)
+    return _first_that_fits([*choices, _SMALLEST], 2, dtype, width, device)
 
 
 def key_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
@@ -45,18 +49,27 @@ def key_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
         choices = [(64, 64, 4, 2), (64, 64, 4, 1)]
     else:
         choices = [(64, 64, 4, 3)] if width <= 64 else [(32, 64, 4, 2)]
-    choices = [*choices, (32, 64, 4, 1), (32, 32, 4, 1)]
+    choices = [*choices, (32, 64, 4, 1), _SMALLEST]
     return _first_that_fits(choices, 2, dtype, width, device, keys_stay=True)
 
 
-def table_tiles(dtype: torch.dtype, width: int) -> Tiles:
-    """For the gradient of a table of inverse distances."""
-    side = 32 if dtype == torch.float32 or width > 128 else 64
-    return _named((side, side, 4, 1))
+def table_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
+    """For the gradient of a table of inverse distances; `width` is that of values."""
+    choices = [] if dtype == torch.float32 or width > 128 else [(64, 64, 4, 1)]
+    return _first_that_fits([*choices, _SMALLEST], 0, dtype, width, device)
+
+
+def fits(dtype: torch.dtype, width: int, device: torch.device) -> bool:
+    """Whether every kernel has tiles for heads of this width on a device."""
+    padded = 1 << max(width - 1, 1).bit_length()
+    if padded > WIDEST:
+        return False
+    limit = _shared_bytes(device)
+    return limit == 0 or _needed_bytes(_SMALLEST, 2, dtype, padded) <= limit
 
 
 def _first_that_fits(
-    choices: list[tuple[int, int, int, int]],
+    choices: list[Choice],
     staying: int,
     dtype: torch.dtype,
     width: int,
@@ -66,15 +79,20 @@ def _first_that_fits(
     """`staying`: tensors of which a program keeps one tile; of two others each stage has a tile."""
     limit = _shared_bytes(device)
     for choice in choices:
-        rows, keys, _, stages = choice
-        kept, moving = (keys, rows) if keys_stay else (rows, keys)
-        needed = width * dtype.itemsize * (staying * kept + 2 * stages * moving)
-        if limit == 0 or needed + _BESIDE <= limit:
+        if limit == 0 or _needed_bytes(choice, staying, dtype, width, keys_stay) <= limit:
             break
     return _named(choice)
 
 
-def _named(choice: tuple[int, int, int, int]) -> Tiles:
+def _needed_bytes(
+    choice: Choice, staying: int, dtype: torch.dtype, width: int, keys_stay: bool = False
+) -> int:
+    rows, keys, _, stages = choice
+    kept, moving = (keys, rows) if keys_stay else (rows, keys)
+    return width * dtype.itemsize * (staying * kept + 2 * stages * moving) + _BESIDE
+
+
+def _named(choice: Choice) -> Tiles:
     # 32 rows and keys at least: the copy engine wants 128 bytes of norms and sums.
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), choice, strict=True))
 

@@ -129,7 +129,7 @@ def load_mask(
 ):
     """A tile of the dense mask: what is seen, and what is added to scores in natural units. A float
     mask hides at and below half of its dtype's lowest value, `lowest`."""
-    at = mask + batch.to(tl.int64) * stride_b + head * stride_h
+    at = mask + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     at = at + rows.to(tl.int64) * stride_row + columns.to(tl.int64) * stride_column
     if MASK == "bool":
         return seen & (tl.load(at, mask=seen, other=0) != 0), 0.0
