@@ -114,8 +114,8 @@ def gravity_attention(
     if cu_seqlens is not None:
         options["key_ranges"] = ranges_from_cu_seqlens(cu_seqlens, v.shape[2])
     if eps is not None and not isinstance(eps, Tensor):
-        kind = {"dtype": compute_dtype(v.dtype), "device": mass.device}
-        options["eps"] = torch.full(mass.shape, eps, **kind)
+        dtype = compute_dtype(v.dtype)
+        options["eps"] = torch.full(mass.shape, eps, dtype=dtype, device=mass.device)
     if impl == "auto":
         impl = choose_implementation(q, k, v, mass, options)
     if impl == "reference":
@@ -160,6 +160,14 @@ def _explain(
 ) -> tuple[str, str]:
     if device.type != "cuda":
         return "chunked", f"the device is {device.type}, and triton and flex are for CUDA"
+    if dtype == torch.float32:
+        # A distance needs all bits of float32, which tensor cores do not have: on an H100 the
+        # kernels take 230 ms where chunked, over cuBLAS, takes 16, and flex 47
+        # (scripts/benchmark/results/kernels_float32.csv).
+        return (
+            "chunked",
+            "in float32 it is faster than triton and flex, whose products are slow there",
+        )
     from .triton import triton_refusal
 
     refusal = triton_refusal(device, dtype, mask, width)
@@ -168,9 +176,7 @@ def _explain(
     if dtype in (torch.bfloat16, torch.float16):
         plain = "chunked where a call has gradients, dropout, a mask tensor or more terms"
         return "flex", f"triton cannot serve: {refusal}; {plain}"
-    # In float32 flex's products leave the tensor cores and it takes 2.7 times as long as chunked
-    # (scripts/benchmark/results/kernels_float32.csv).
-    return "chunked", f"triton cannot serve: {refusal}; flex is slower than chunked in {dtype}"
+    return "chunked", f"triton cannot serve: {refusal}, nor can flex"
 
 
 def _triton(
