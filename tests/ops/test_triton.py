@@ -305,6 +305,14 @@ def test_second_derivatives_are_refused():
         gradient.sum().backward()
 
 
+def test_forward_mode_derivatives_are_refused():
+    inputs = moved(cast(make_inputs(), torch.float32))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs["q"], torch.ones_like(inputs["q"]))
+        with pytest.raises(RuntimeError, match="backward ones only. Use impl='reference'"):
+            run(gravity_attention_triton, {**inputs, "q": dual})
+
+
 def test_shapes_without_data():
     """Meta tensors: shapes, forward and backward, without memory."""
     q = torch.empty(1, 2, 70_000, 64, device="meta", requires_grad=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backward import backward
 from .decode import decode_attention, serves_decoding
@@ -211,9 +212,20 @@ def attention(*fields: Any) -> Tensor:
                 save = max(save, _needed_level(position))
     if _traced(fields):
         return torch.ops.gravity_hf.triton_attention(*fields, save)[0]
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(fields)
     if save == 0:
         return _attention(*fields, save)[0]
     return _Attention.apply(*fields, save)
+
+
+def _refuse_tangents(fields: tuple) -> None:
+    tensors = [x for x in fields[:_DIFFERENTIABLE] if x is not None]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "gravity_attention: expected tensors without tangents, got forward-mode derivatives; "
+            "the triton implementation has backward ones only. Use impl='reference'"
+        )
 
 
 def _traced(fields: tuple) -> bool:
