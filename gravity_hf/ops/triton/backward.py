@@ -48,15 +48,13 @@ def backward(
     saved: Tensor,
     grad: Tensor,
     sums: int,
-    sizes: dict | None = None,
 ) -> Gradients:
     """Gradients of q, k, v and key_term (`sums` 0), of all but eps and key_radius_sq (1), or
     of everything (2). `saved`: see `forward.forward`.
     """
     inputs = gather_inputs(problem, out, saved, grad)
-    sizes = sizes or {}
-    grad_q, row_sums = query_gradients(problem, inputs, sums, sizes.get("query"))
-    grad_k, grad_v, grad_key_term = key_gradients(problem, inputs, sizes.get("key"))
+    grad_q, row_sums = query_gradients(problem, inputs, sums)
+    grad_k, grad_v, grad_key_term = key_gradients(problem, inputs)
     grad_table = (
         table_gradients(problem, inputs) if problem.table is not None and sums > 0 else None
     )

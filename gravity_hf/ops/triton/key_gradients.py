@@ -244,7 +244,7 @@ def key_kernel(
 
 
 def key_gradients(
-    problem: Problem, inputs: Inputs, sizes: dict | None
+    problem: Problem, inputs: Inputs, sizes: dict | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """dL/dk, dL/dv, and dL/d(key term) `[B, H, Tk]`."""
     v = inputs.v
@@ -252,7 +252,7 @@ def key_gradients(
     sizes = dict(sizes or key_tiles(v.dtype, max(block_d, block_v), v.device))
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     blocks = triton.cdiv(problem.keys, columns) * problem.batch * problem.kv_heads
-    splits = sizes.pop("SPLITS", None) or head_splits(problem, blocks, v.device)
+    splits = head_splits(problem, blocks, v.device)
 
     def room(like: Tensor) -> Tensor:
         if splits == 1:

@@ -291,7 +291,7 @@ def query_kernel(
 
 
 def query_gradients(
-    problem: Problem, inputs: Inputs, sums: int, sizes: dict | None
+    problem: Problem, inputs: Inputs, sums: int, sizes: dict | None = None
 ) -> tuple[Tensor | None, Tensor]:
     """dL/dq, and the per-row sums `[ROW_SUMS, B, H, Tq]`."""
     v = inputs.v

@@ -26,6 +26,30 @@ def load_ranges(ranges, batch, rows, rows_valid, stride_b, stride_row, RANGES: t
 
 
 @triton.jit
+def tiled_span(
+    low, full_low, full_high, high, start, stop, CAUSAL: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """A span narrowed to ranges and widened (what all see: narrowed) to whole tiles. Behind a dense
+    mask, or where a pair is excluded anywhere, no tile is seen whole."""
+    if RANGES:
+        low = tl.maximum(low, tl.min(start, 0))
+        high = tl.minimum(high, tl.max(stop, 0))
+        full_low = tl.maximum(full_low, tl.max(tl.where(start == 2**30, 0, start), 0))
+        full_high = tl.minimum(full_high, tl.min(tl.where(start == 2**30, 2**30, stop), 0))
+    high = tl.maximum(high, 0)
+    low = tl.minimum(low, high) // BLOCK * BLOCK
+    full_low = tl.maximum((full_low + BLOCK - 1) // BLOCK * BLOCK, low)
+    full_high = tl.maximum(full_high, 0) // BLOCK * BLOCK
+    full_low = tl.minimum(full_low, tl.cdiv(high, BLOCK) * BLOCK)
+    full_high = tl.maximum(full_high, full_low)
+    if MASK != "none" or (EXCLUDE_SELF and not CAUSAL):
+        full_low = low
+        full_high = low
+    return low, full_low, full_high, high
+
+
+@triton.jit
 def key_span(
     first, last, start, stop, shift, window, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, BLOCK: tl.constexpr,
@@ -47,21 +71,9 @@ def key_span(
         if not CAUSAL:
             high = tl.minimum(high, last + shift + window)
             full_high = tl.minimum(full_high, first + shift + window)
-    if RANGES:
-        low = tl.maximum(low, tl.min(start, 0))
-        high = tl.minimum(high, tl.max(stop, 0))
-        full_low = tl.maximum(full_low, tl.max(tl.where(start == 2**30, 0, start), 0))
-        full_high = tl.minimum(full_high, tl.min(tl.where(start == 2**30, 2**30, stop), 0))
-    high = tl.maximum(high, 0)
-    low = tl.minimum(low, high) // BLOCK * BLOCK
-    full_low = tl.maximum((full_low + BLOCK - 1) // BLOCK * BLOCK, low)
-    full_high = tl.maximum(full_high, 0) // BLOCK * BLOCK
-    full_low = tl.minimum(full_low, tl.cdiv(high, BLOCK) * BLOCK)
-    full_high = tl.maximum(full_high, full_low)
-    if MASK != "none" or (EXCLUDE_SELF and not CAUSAL):
-        full_low = low
-        full_high = low
-    return low, full_low, full_high, high
+    return tiled_span(
+        low, full_low, full_high, high, start, stop, CAUSAL, RANGES, MASK, EXCLUDE_SELF, BLOCK
+    )
 
 
 @triton.jit
@@ -86,21 +98,9 @@ def query_span(
         if not CAUSAL:
             low = tl.maximum(low, first - shift - window + 1)
             full_low = tl.maximum(full_low, last - shift - window + 1)
-    if RANGES:
-        low = tl.maximum(low, tl.min(start, 0))
-        high = tl.minimum(high, tl.max(stop, 0))
-        full_low = tl.maximum(full_low, tl.max(tl.where(start == 2**30, 0, start), 0))
-        full_high = tl.minimum(full_high, tl.min(tl.where(start == 2**30, 2**30, stop), 0))
-    high = tl.maximum(high, 0)
-    low = tl.minimum(low, high) // BLOCK * BLOCK
-    full_low = tl.maximum((full_low + BLOCK - 1) // BLOCK * BLOCK, low)
-    full_high = tl.maximum(full_high, 0) // BLOCK * BLOCK
-    full_low = tl.minimum(full_low, tl.cdiv(high, BLOCK) * BLOCK)
-    full_high = tl.maximum(full_high, full_low)
-    if MASK != "none" or (EXCLUDE_SELF and not CAUSAL):
-        full_low = low
-        full_high = low
-    return low, full_low, full_high, high
+    return tiled_span(
+        low, full_low, full_high, high, start, stop, CAUSAL, RANGES, MASK, EXCLUDE_SELF, BLOCK
+    )
 
 
 @triton.jit
