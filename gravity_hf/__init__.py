@@ -18,6 +18,7 @@ _EXPORTS = {
     "gravity_attention": ".ops.api",
     "gravity_lora": ".training.lora",
     "gravity_param_groups": ".training.optim",
+    "gravity_serving": ".integration.paging",
     "gravity_status": ".integration.patching",
     "load_gravity_adapter": ".integration.adapters",
     "load_gravity_mass_log": ".integration.loading",

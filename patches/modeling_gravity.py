@@ -10,6 +10,7 @@ Any class name `Gravity<Host>` is made from transformers' `<Host>` when it is as
 
 import functools
 import inspect
+import sys
 from types import CodeType
 
 import torch
@@ -45,14 +46,12 @@ SETTINGS = {
     "max_kl",
     "version",
 }
-REFUSED_ARGUMENTS = (
-    "softcap",
-    "s_aux",
-    "sinks",
-    "position_bias",
-    "indices",
-    "block_indices",
-    "cache",
+REFUSED_ARGUMENTS = ("cache",)
+# Classes that look attention up for something else than attention between tokens.
+NO_HEADS = (
+    "Inkling2BlockAttentionResidual",
+    "Inkling2LoopBlockAttentionResidual",
+    "Inkling2LoopMessageAttentionResidual",
 )
 EPSILON_FLOOR = 1e-6
 HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -87,19 +86,51 @@ class GravityParameters(nn.Module):
         return mass, softening, self.key_radius_sq.float() if lifted else None
 
 
-def gravity_weights(q, k, allowed, bias, mass, softening, radius_sq, law):
-    """Softmax over `M^2/(d^2+eps)` (force) or `-M^2 ln(d^2+eps)` (power); hidden rows: zeros."""
-    kappa = k.square().sum(-1)[:, :, None] if radius_sq is None else radius_sq[:, None, None]
-    distance_sq = q.square().sum(-1, keepdim=True) + kappa - 2.0 * q @ k.transpose(-2, -1)
-    softened = distance_sq.clamp(min=0.0) + softening[:, None, None]
-    strength = mass.square()[:, None, None]
-    score = -strength * softened.log() if law == "power" else strength / softened
-    if allowed is None:
-        return score.softmax(-1)
+class Law:
+    """Scores of one attention module from squared distances: `M^2/(d^2+eps)` (force) or
+    `-M^2 ln(d^2+eps)` (power)."""
+
+    def __init__(self, gravity, groups):
+        mass, softening, radius_sq = gravity()
+        self.strength = mass.square()[:, None, None]
+        self.softening = softening[:, None, None]
+        self.is_power = gravity.settings["law"] == "power"
+        self.radius_sq = None
+        if radius_sq is not None:
+            self.radius_sq = radius_sq.repeat_interleave(groups)[:, None, None]
+
+    def score(self, distance_sq):
+        softened = distance_sq.clamp(min=0.0) + self.softening
+        return -self.strength * softened.log() if self.is_power else self.strength / softened
+
+    def scores(self, q, k, softcap):
+        """`[B, H, rows, Tk]`; a cap bounds how far a score departs from that of a right angle."""
+        query_sq = q.square().sum(-1, keepdim=True)
+        kappa = k.square().sum(-1)[:, :, None] if self.radius_sq is None else self.radius_sq
+        score = self.score(query_sq + kappa - 2.0 * q @ k.transpose(-2, -1))
+        if softcap is None:
+            return score
+        neutral = self.score(query_sq + kappa)
+        return neutral + softcap * ((score - neutral) / softcap).tanh()
+
+    def sink_scores(self, q, sinks):
+        """`[B, H, rows, 1]`: a key at the origin, to whose score `sinks` are added."""
+        query_sq = q.square().sum(-1, keepdim=True)
+        return self.score(query_sq if self.radius_sq is None else query_sq + self.radius_sq) + sinks
+
+
+def gravity_weights(law, q, k, allowed, bias, softcap, sinks):
+    """Softmax over the scores, beside a sink if there is one; rows that see nothing: zeros."""
+    score = law.scores(q, k, softcap)
     if bias is not None:
         score = score + bias
-    score = score.masked_fill(~allowed, torch.finfo(score.dtype).min)
-    return score.softmax(-1) * allowed.any(-1, keepdim=True)
+    if allowed is not None:
+        score = score.masked_fill(~allowed, torch.finfo(score.dtype).min)
+    if sinks is None:
+        weights = score.softmax(-1)
+    else:
+        weights = torch.cat([score, law.sink_scores(q, sinks)], -1).softmax(-1)[..., :-1]
+    return weights if allowed is None else weights * allowed.any(-1, keepdim=True)
 
 
 def gravity_attention_forward(
@@ -108,40 +139,92 @@ def gravity_attention_forward(
     """transformers' attention signature; modules without a `gravity` child use dot products."""
     gravity = getattr(module, "gravity", None)
     if gravity is None:
-        if attention_mask is None:
-            kwargs["is_causal"] = False
-        return sdpa_attention_forward(
+        return _dot_product(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     for name in REFUSED_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise ValueError(f"gravity attention cannot honour argument `{name}`")
 
-    mass, softening, radius_sq = gravity()
     groups = query.shape[1] // key.shape[1]
+    law = Law(gravity, groups)
     q = query.float()
     k, v = (x.float().repeat_interleave(groups, 1) for x in (key, value))
-    if radius_sq is not None:
-        radius_sq = radius_sq.repeat_interleave(groups)
-    allowed, bias = _split_mask(attention_mask)
+    allowed, bias = _visible_and_bias(module, query, key, attention_mask, kwargs)
+    softcap, sinks, head_mask = (kwargs.get(x) for x in ("softcap", "s_aux", "head_mask"))
+    sinks = kwargs.get("sinks") if sinks is None else sinks
+    if sinks is not None:
+        sinks = (sinks[:, None, None] if sinks.dim() == 1 else sinks).float()
+    if head_mask is not None and head_mask.dim() == 1:
+        head_mask = head_mask[:, None, None]
     rows = max(1, BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    if kwargs.get("output_attentions"):
+        rows = max(1, q.shape[2])
     outputs, weights = [], None
     for start in range(0, q.shape[2], rows):
         block = slice(start, start + rows)
-        weights = gravity_weights(
-            q[:, :, block],
-            k,
-            _rows(allowed, block),
-            _rows(bias, block),
-            mass,
-            softening,
-            radius_sq,
-            gravity.settings["law"],
-        )
-        outputs.append(F.dropout(weights, dropout) @ v)
-    output = torch.cat(outputs, 2).to(value.dtype)
-    asked = kwargs.get("output_attentions") and len(outputs) == 1
-    return output.transpose(1, 2).contiguous(), weights.to(query.dtype) if asked else None
+        parts = (_rows(x, block) for x in (allowed, bias))
+        weights = gravity_weights(law, q[:, :, block], k, *parts, softcap, _rows(sinks, block))
+        weights = F.dropout(weights, dropout)
+        if head_mask is not None:
+            weights = weights * _rows(head_mask, block)
+        outputs.append(weights @ v)
+    output = torch.cat(outputs, 2).to(value.dtype).transpose(1, 2).contiguous()
+    return output, weights.to(query.dtype) if kwargs.get("output_attentions") else None
+
+
+def _dot_product(module, query, key, value, mask, **kwargs):
+    """By SDPA where it can, else by the eager function of the module's own file."""
+    terms = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+    if all(kwargs.get(x) is None for x in terms) and not kwargs.get("output_attentions"):
+        if mask is None:
+            kwargs["is_causal"] = False
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    if kwargs["scaling"] is None:
+        kwargs["scaling"] = query.shape[-1] ** -0.5
+    mask = _selected_only(module, query, key, mask, kwargs)
+    if mask is not None and mask.dtype == torch.bool:
+        nothing = torch.zeros((), dtype=query.dtype, device=mask.device)
+        mask = torch.where(mask, nothing, torch.finfo(query.dtype).min)
+    eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return eager(module, query, key, value, mask, **kwargs)
+
+
+def _visible_and_bias(module, query, key, mask, arguments):
+    """What a query sees, bool, and what is added to its scores."""
+    if mask is not None and mask.dim() == 2:
+        mask = mask[None, None] if mask.is_floating_point() else (mask != 0)[:, None, None]
+    allowed, bias = _split_mask(_selected_only(module, query, key, mask, arguments))
+    position_bias = arguments.get("position_bias")
+    if position_bias is not None:
+        position_bias = position_bias.float()
+        position_bias = position_bias if position_bias.dim() == 4 else position_bias[None]
+        bias = position_bias if bias is None else bias + position_bias
+    return allowed, bias
+
+
+def _selected_only(module, query, key, mask, arguments):
+    """The mask without the keys that the host's own sparse indexer left out."""
+    indices, blocks = arguments.get("indices"), arguments.get("block_indices")
+    keys = key.shape[2]
+    if blocks is not None:
+        positions = arguments.get("position_ids")
+        if positions is None:
+            positions = torch.arange(keys - query.shape[2], keys, device=query.device)
+        positions = (positions if positions.dim() > 1 else positions[None]).expand(len(query), -1)
+        build = module.indexer.build_block_mask
+        mask = build(blocks, mask, keys, query.dtype, query.device, positions)
+    if indices is None or indices.shape[-1] >= keys:
+        return mask
+    # One column more takes what selects nothing.
+    shape = (*indices.shape[:2], keys + 1)
+    selected = torch.zeros(shape, dtype=torch.bool, device=indices.device)
+    indices = torch.where(indices < 0, keys, indices).long()
+    selected = selected.scatter(-1, indices, torch.ones_like(indices, dtype=torch.bool))
+    selected = selected[:, None, :, :-1]
+    if mask is None or mask.dtype == torch.bool:
+        return selected if mask is None else mask & selected
+    return mask.masked_fill(~selected, torch.finfo(mask.dtype).min)
 
 
 def _split_mask(mask):
@@ -151,8 +234,9 @@ def _split_mask(mask):
     return allowed, mask.masked_fill(~allowed, 0.0).float()
 
 
-def _rows(mask, block):
-    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, block]
+def _rows(tensor, block):
+    """The block's rows of something that broadcasts to `[B, H, Tq, x]`."""
+    return tensor if tensor is None or tensor.shape[-2] == 1 else tensor[..., block, :]
 
 
 AttentionInterface.register(ATTENTION_NAME, gravity_attention_forward)
@@ -161,7 +245,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)
 
 @functools.cache
 def _routes_through_interface(cls):
-    if issubclass(cls, PreTrainedModel):
+    if issubclass(cls, PreTrainedModel) or cls.__name__ in NO_HEADS:
         return False
     members = (m for base in cls.__mro__ if base is not nn.Module for m in vars(base).values())
     codes = [getattr(inspect.unwrap(m), "__code__", None) for m in members if callable(m)]
@@ -171,15 +255,35 @@ def _routes_through_interface(cls):
 
 
 def _head_counts(module):
-    owners = (module, getattr(module, "config", None))
-    found = (getattr(owner, name, None) for owner in owners for name in HEAD_COUNT_NAMES)
-    heads = next(count for count in found if isinstance(count, int))
-    groups = getattr(module, "num_key_value_groups", None)
-    if isinstance(groups, int) and groups > 0:
+    """`(query heads, key-value heads)`, found in the order in which the library looks for them."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    groups = _count(module, ("num_key_value_groups",)) or 0
+    heads = (
+        _count(module, HEAD_COUNT_NAMES)
+        or _count(module, ("heads", "groups"))
+        or _heads_by_width(module) * max(groups, 1)
+        or _count(config, HEAD_COUNT_NAMES, layer)
+    )
+    if groups > 0:
         return heads, heads // groups
-    names = ("num_key_value_heads", "num_kv_heads")
-    kv_heads = (getattr(module, name, None) for name in names)
-    return heads, next((count for count in kv_heads if isinstance(count, int)), heads)
+    return heads, _count(module, ("num_key_value_heads", "num_kv_heads")) or heads
+
+
+def _heads_by_width(module):
+    width = _count(module, ("head_dim",))
+    projections = (getattr(module, name, None) for name in ("k_proj", "k_content_proj"))
+    widths = (getattr(projection, "out_features", None) for projection in projections)
+    out = next((w for w in widths if isinstance(w, int)), 0)
+    return out // width if width and out % width == 0 else 0
+
+
+def _count(owner, names, layer=None):
+    values = (getattr(owner, name, None) for name in names)
+    if layer is not None:
+        values = (
+            v[layer] if isinstance(v, (list, tuple)) and len(v) > layer else v for v in values
+        )
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
 
 def _settings(config, owner):
@@ -204,8 +308,10 @@ class GravityHost:
                 f"{type(self).__name__}: expected no attn_implementation, got "
                 f"{config._attn_implementation!r}: these weights were made for gravity"
             )
-        config._attn_implementation = ATTENTION_NAME
+        # Not ours yet: towers with a class per attention name have none for this one.
+        config._attn_implementation = None
         super().__init__(config, *args, **kwargs)
+        PreTrainedModel.set_attn_implementation(self, ATTENTION_NAME)
         sites = [m for m in self.modules() if _routes_through_interface(type(m))]
         layers = settings["layers"]
         for module in sites if layers is None else [sites[i] for i in layers]:
@@ -219,6 +325,12 @@ class GravityHost:
         if missing:
             raise ValueError(f"{cls.__name__}: the checkpoint lacks gravity tensors: {missing[:3]}")
         return (model, info) if want_info else model
+
+    @classmethod
+    def is_custom_code(cls):
+        # transformers leaves buffers of custom code uninitialised that a host initialises.
+        host = cls.__mro__[cls.__mro__.index(GravityHost) + 1]
+        return host.is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         if attn_implementation != ATTENTION_NAME:

@@ -18,6 +18,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from gravity_hf.integration.support_table import (
+    SUMMARY_HEADERS,
+    SupportTable,
+    summary,
+    support_table,
+)
 from gravity_hf.training.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -350,7 +356,19 @@ def _conditions(rows: Rows) -> str:
     )
 
 
+def support(table: SupportTable | None = None) -> str:
+    """How far each kind of model got in the sweep over all model types."""
+    table = support_table() if table is None else table
+    versions = table.versions
+    return (
+        markdown(list(SUMMARY_HEADERS), [list(row) for row in summary(table)])
+        + f"\ntransformers {versions['transformers']}, torch {versions['torch']}, commit "
+        f"{table.commit}, {table.date}.\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "support": support,
     "conversion": conversion,
     "recipes": recipes,
     "granularity": granularity,
@@ -373,21 +391,30 @@ def with_tables(text: str) -> str:
     return _TABLE.sub(replaced, text)
 
 
+def write_tables() -> None:
+    """Bring README.md up to date."""
+    file = ROOT / "README.md"
+    text = file.read_text(encoding="utf-8")
+    made = with_tables(text)
+    if made != text:
+        write_text(file, made)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     options = parser.parse_args()
-    file = ROOT / "README.md"
-    text = file.read_text(encoding="utf-8")
-    made = with_tables(text)
-    if options.check:
-        sys.exit(
-            0 if made == text else "README.md: tables are stale: python scripts/make_tables.py"
-        )
-    if made != text:
-        write_text(file, made)
+    if not options.check:
+        write_tables()
+        return
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sys.exit(
+        0
+        if with_tables(text) == text
+        else "README.md: tables are stale: python scripts/make_tables.py"
+    )
 
 
 if __name__ == "__main__":

@@ -70,6 +70,21 @@ _CROSS = {
     "decoder_ffn_dim": 64,
     "init_std": 0.2,
 }
+_LATENT = {
+    **_DECODER,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 # Hosts with something of their own: what it is -> (config class, model class, arguments).
 PECULIAR: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cross attention": ("BartConfig", "BartForConditionalGeneration", _CROSS),
@@ -95,21 +110,7 @@ PECULIAR: dict[str, tuple[str, str, dict[str, Any]]] = {
     "values narrower than keys": (
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
-        {
-            **_DECODER,
-            "num_key_value_heads": 6,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 12,
-            "n_routed_experts": 4,
-            "n_group": 2,
-            "topk_group": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-        },
+        _LATENT,
     ),
     "one module called by all layers": (
         "AlbertConfig",
@@ -131,6 +132,58 @@ PECULIAR: dict[str, tuple[str, str, dict[str, Any]]] = {
             "linear_num_value_heads": 4,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
+        },
+    ),
+    "a cap on the scores": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            **_DECODER,
+            "head_dim": 8,
+            "attn_logit_softcapping": 1.5,
+            "query_pre_attn_scalar": 4,
+            "sliding_window": 5,
+            # The only attention of the host that has the cap in every version.
+            "attn_implementation": "eager",
+        },
+    ),
+    "attention sinks": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            **_DECODER,
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "a learned position bias": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 48,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "initializer_factor": 1.5,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "keys chosen by an indexer": (
+        "DeepseekV32Config",
+        "DeepseekV32ForCausalLM",
+        # No experts: a router's choice may change with a rounding, which is not attention's doing.
+        {
+            **_LATENT,
+            "first_k_dense_replace": 3,
+            "index_topk": 5,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
         },
     ),
     "window-wise position bias": (
@@ -165,7 +218,8 @@ def tiny_inputs(name: str, batch: int = 2, length: int = 11, seed: int = 1) -> d
         return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs if name != "cross attention" else {**inputs, "decoder_input_ids": ids}
+    pairs = ("cross attention", "a learned position bias")
+    return {**inputs, "decoder_input_ids": ids} if name in pairs else inputs
 
 
 def logits(model: torch.nn.Module, inputs: dict[str, Tensor], **options: Any) -> Tensor:

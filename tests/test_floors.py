@@ -53,6 +53,7 @@ PUBLIC_NAMES = [
     "gravity_attention",
     "gravity_lora",
     "gravity_param_groups",
+    "gravity_serving",
     "gravity_status",
     "load_gravity_adapter",
     "load_gravity_mass_log",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evaluate, generate, status
+from . import evaluate, generate, lm_eval, serve_model, status, support
 from .console import make_console
 from .convert import command as convert
 from .demo import command as demo
@@ -96,6 +96,9 @@ app.command(name="convert")(convert.convert)
 app.command(name="status")(status.status)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="generate")(generate.generate)
+app.command(name="support")(support.support)
+app.command(name="lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
+app.command(name="serve-model", context_settings=serve_model.PASS_ON)(serve_model.serve_model)
 
 
 def main() -> None:

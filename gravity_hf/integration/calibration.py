@@ -27,6 +27,8 @@ from .hosts import gravity_modules, settings_of
 from .observers import Agreement, Moments
 from .passes import Passes
 from .patching import refuse_wrapped
+from .placement import execution_device
+from .tensor_parallel import refuse_split
 
 logger = logging.get_logger(__name__)
 
@@ -141,6 +143,7 @@ def measure_attention(
         ValueError: no batches, an attention module that no batch reached, or statistics that are
             not finite.
     """
+    refuse_split(model, "measure_attention")
     modules = gravity_modules(model)
     if not modules:
         raise RuntimeError(
@@ -172,6 +175,7 @@ def _check(
     max_softness: float,
 ) -> GravityConfig:
     refuse_wrapped(model, "calibrate", "expected this order: load, patch, calibrate, LoRA")
+    refuse_split(model, "calibrate")
     settings = settings_of(model)
     if settings is None:
         raise RuntimeError(
@@ -228,7 +232,7 @@ def _child(
             new.softening_log.copy_(inverse_softplus(softening))
         if solution.geometry.radius_sq is not None:
             new.key_radius_sq.copy_(solution.geometry.radius_sq)
-    return new.train(old.training).to(old.mass_log.device)
+    return new.train(old.training).to(execution_device(old))
 
 
 def _current(name: str, module: GravityParameters, seen: Moments, distance: str) -> Solution:

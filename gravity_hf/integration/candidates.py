@@ -85,7 +85,7 @@ class Candidates:
         The KL is convex in the strengths, shared ones included; derivatives here are with respect
         to `M^2`, in units of `M^2`. A bracket keeps the steps from running in circles.
         """
-        sums = (seen.sums / max(seen.rows, 1)).cpu()
+        sums = seen.sums.cpu() / seen.rows.clamp(min=1)
         kl_of_heads = self._grouped(sums[0]).clamp(min=0.0)
         slope = self._grouped(seen.strength * sums[1]).sum(-1)
         curvature = self._grouped(seen.strength.square() * sums[2]).sum(-1)

@@ -73,6 +73,11 @@ def head_geometry(
     Raises:
         ValueError: a statistic that is not finite; `name` is the attention module to blame.
     """
+    if not seen.queries.any():
+        raise ValueError(
+            f"{name}: expected batches in which some query sees some key, got none: their masks hide "
+            "everything from this module"
+        )
     sums = {key: value.cpu() for key, value in seen.sums.items()}
     longest_key_sq = seen.longest_key_sq.cpu()
     groups = sums["dot"].shape[0] // longest_key_sq.shape[0]

@@ -10,7 +10,7 @@ from .observers import Agreement, Moments, Observer
 
 class _Following(Observer):
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        self.see(call.query, call.key, call.mask, call.scaling)
+        self.look(call)
         return call.gravity()
 
 

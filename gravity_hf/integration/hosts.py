@@ -8,6 +8,9 @@ another name, `GravityQwen2ForCausalLM` is `Qwen2ForCausalLM` with gravity modul
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -28,16 +31,20 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from ..config import GravityConfig
 from ..layers.parameters import GravityParameters
-from .attention import ATTENTION_NAME, register
+from .attention import register
 from .autos import MODEL_TYPE_PREFIX
+from .carrier import is_served
+from .implementations import ATTENTION_NAME, name_gravity
 from .remote_code import REMOTE_CODE_MODULE, copy_remote_code
 from .sites import AttentionSite, find_attention_sites, memoised
+from .tensor_parallel import plan_heads
 
 # `GravityHost` is mixed into PreTrainedModels; it must not be one itself, or it would carry the
 # base's defaults in front of the host's. Type checkers are told that it may be anything.
 _Base: Any = object
 
 CLASS_PREFIX = "Gravity"
+_LOADING_INFO = "_gravity_loading_info"
 
 register()
 
@@ -60,6 +67,23 @@ def select_sites(sites: list[AttentionSite], settings: GravityConfig) -> list[At
     return [sites[i] for i in settings.layers]
 
 
+class _Depth(threading.local):
+    value = 0
+
+
+_depth = _Depth()
+
+
+@contextmanager
+def _building() -> Iterator[bool]:
+    """While a gravity model is built; whether it is a part of one that is being built already."""
+    _depth.value += 1
+    try:
+        yield _depth.value > 1
+    finally:
+        _depth.value -= 1
+
+
 class GravityHostConfig:
     """First base of every gravity config: adds `auto_map`, which makes exports load anywhere."""
 
@@ -80,18 +104,33 @@ class GravityHost(_Base):
                 f"{type(self).__name__}: expected config.gravity, the gravity settings, got none. "
                 "Load the host's own class and call patch_with_gravity(model)"
             )
-        _refuse_other_attention(type(self).__name__, config._attn_implementation)
-        config._attn_implementation = ATTENTION_NAME
-        super().__init__(config, *args, **kwargs)
-        for site in select_sites(find_attention_sites(self), settings):
+        with _building() as is_part:
+            if not is_part:
+                _refuse_other_attention(type(self).__name__, config._attn_implementation)
+                # Not ours yet: towers with a class per attention name have none for this one.
+                config._attn_implementation = None
+            super().__init__(config, *args, **kwargs)
+        name_gravity(self)
+        sites = select_sites(find_attention_sites(self), settings)
+        for site in sites:
             site.module.gravity = make_child(site, settings)
+        plan_heads(self, sites)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a checkpoint without all of its gravity tensors is refused, because
         parameters missing from a checkpoint would be uninitialised memory."""
         want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if want_info or not _loads_its_own_way(host_of(cls)):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        else:
+            model = super().from_pretrained(*args, **kwargs)
+            info = model.__dict__.pop(_LOADING_INFO, None)
+            if info is None:
+                raise RuntimeError(
+                    f"{cls.__name__}: expected to be told which tensors the checkpoint lacks, was "
+                    "not, so that garbage could not be noticed. Pass output_loading_info=True"
+                )
         missing = sorted(key for key in info["missing_keys"] if ".gravity." in key)
         if missing:
             raise ValueError(
@@ -101,8 +140,30 @@ class GravityHost(_Base):
             )
         return (model, info) if want_info else model
 
+    @classmethod
+    def _finalize_model_loading(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super()._finalize_model_loading(model, *args, **kwargs)  # type: ignore[misc]
+        if _loads_its_own_way(host_of(cls)):
+            model.__dict__[_LOADING_INFO] = {"missing_keys": found.missing_keys}
+        return found
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """transformers leaves buffers of custom code uninitialised that a host initialises."""
+        return host_of(cls).is_custom_code()  # type: ignore[attr-defined]
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         _refuse_other_attention(type(self).__name__, attn_implementation)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, inside `gravity_serving(model)`."""
+        if not is_served(self.config):
+            raise ValueError(
+                f"{type(self).__name__}: expected continuous batching inside `with "
+                "gravity_serving(model):`, which lets transformers run it with gravity, got a call "
+                "outside. from gravity_hf import gravity_serving"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers, plus `modeling_gravity.py`, so that the folder loads without
@@ -114,9 +175,16 @@ class GravityHost(_Base):
                 "loaded again; expected a host from transformers. Save the unpatched host and its "
                 "gravity tensors instead"
             )
-        if kwargs.get("is_main_process", True):
+        # Under tensor parallelism every process saves, and one writes.
+        if self.should_save_on_this_rank(kwargs.get("is_main_process", True)):
             copy_remote_code(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _loads_its_own_way(host: Any) -> bool:
+    """Whether a host has a `from_pretrained` of its own, which may give no loading info back."""
+    own, general = host.from_pretrained.__func__, PreTrainedModel.from_pretrained.__func__
+    return own is not general
 
 
 def make_child(
@@ -163,12 +231,26 @@ def gravity_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]
     for mapping in _auto_mappings():
         if host in mapping:
             value = mapping[host]
-            if isinstance(value, type) and issubclass(value, PreTrainedModel):
-                if value.config_class is not host:  # type: ignore[attr-defined]
+            models = value if isinstance(value, tuple) else (value,)
+            if all(isinstance(m, type) and issubclass(m, PreTrainedModel) for m in models):
+                # A decision model is built around its host, and has a config of another kind.
+                decides = mapping is getattr(modeling_auto, "MODEL_FOR_DECISION_MAPPING", None)
+                if decides and any(m.config_class is not host for m in models):
                     continue
-                value = gravity_model_class(value, cls)
+                ours = tuple(gravity_model_class(model, cls) for model in models)
+                value = ours if isinstance(value, tuple) else ours[0]
+                _list_names(mapping, model_type, value)
             mapping.register(cls, value, exist_ok=True)
     return cls
+
+
+def _list_names(
+    mapping: _LazyAutoMapping, model_type: str, models: type | tuple[type, ...]
+) -> None:
+    # Pipelines, Trainer's label smoothing and the server look a model up by the name of its class
+    # or type in these tables, and treat one that is not there as unsupported, or unshifted.
+    names = tuple(m.__name__ for m in models) if isinstance(models, tuple) else models.__name__
+    mapping._model_mapping[model_type] = names
 
 
 @memoised

@@ -117,8 +117,10 @@ def model_class_of(config: PreTrainedConfig) -> Any:
     """The class that wrote a checkpoint; an Auto class where `config.json` does not say."""
     for name in config.architectures or ():
         cls = getattr(transformers, name, None)
-        if cls is None and name.startswith(hosts.CLASS_PREFIX):
-            cls = getattr(hosts, name)
+        host = getattr(transformers, name.removeprefix(hosts.CLASS_PREFIX), None)
+        if cls is None and name.startswith(hosts.CLASS_PREFIX) and host is not None:
+            # Some model types share a class, and differ in their config.
+            cls = hosts.gravity_model_class(host, type(config))
         if cls is not None:
             return cls
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -133,6 +135,11 @@ def _check_counts(
     mass_per: str,
 ) -> None:
     for (name, module), row in zip(modules.items(), rows, strict=True):
+        if module.mass_log.is_meta:
+            raise RuntimeError(
+                f"{path}: expected masses in memory, got offloaded ones in {name}, where new "
+                "values would be lost. Load the model without device_map, load the file, save"
+            )
         if row.numel() != module.mass_count:
             raise ValueError(
                 f"{path}: {name}: expected {module.mass_count} masses (the model has one per "

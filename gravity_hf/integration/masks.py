@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, eager_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
+from .autos import MODEL_TYPE_PREFIX
 from .mask_patterns import MaskFunction
+from .support import BOOLEAN_MASKS
 from .visibility import MaskRequest, VisibleKeys, dense_visible_keys, read_visible_keys
 
 _NOTE = "_gravity_note"
@@ -135,7 +137,8 @@ def gravity_mask(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> Tensor | None:
-    """transformers' mask signature: the additive mask of `eager_mask`, with a memory.
+    """transformers' mask signature: the additive mask of `eager_mask`, with a memory; the boolean
+    one of `sdpa_mask` for hosts that can read no other.
 
     Waits for the device once where there is a 2-D mask, to see whether it hides anything. Inside
     `torch.compile`, `torch.export` and CUDA graph capture it does not.
@@ -154,12 +157,16 @@ def gravity_mask(
         use_vmap,
         device,
     )
+    skip = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip}
+    if _is_boolean(others.get("config")):
+        return sdpa_mask(**request._asdict(), allow_is_causal_skip=False, **skip)
+    # Hosts that have only token ids at hand name their dtype, which means nothing for scores.
+    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
     compiling = torch.compiler.is_compiling()
     capturing = not compiling and is_cuda_stream_capturing()
     example = torch.empty((), device=device) if attention_mask is None else attention_mask
     unknown = set(others) - {"allow_is_causal_skip", "local_size", "config"}
     if unknown or not (compiling or capturing) and is_tracing(example):
-        skip = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip}
         return eager_mask(**request._asdict(), **skip, **others, dtype=dtype)
 
     visible = read_visible_keys(request, check=not (compiling or capturing or example.is_meta))
@@ -198,6 +205,12 @@ def visible_keys_of(mask: Tensor | None) -> VisibleKeys | None:
 def ordinary(mask: Tensor | None) -> Tensor | None:
     """The mask as a tensor that has its values."""
     return mask.filled() if isinstance(mask, DeferredMask) else mask
+
+
+def _is_boolean(config: Any) -> bool:
+    """Whether masks for a model part of this config must be boolean."""
+    model_type = getattr(config, "model_type", None) or ""
+    return model_type.removeprefix(MODEL_TYPE_PREFIX) in BOOLEAN_MASKS
 
 
 def _noted(mask: Tensor, visible: VisibleKeys) -> Tensor:

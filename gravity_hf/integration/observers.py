@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ..layers.parameters import GravityTerms
 from ..ops.precision import exact_products
-from ..ops.reference import gravity_score, split_mask, squared_distance
+from ..ops.reference import (
+    gravity_score,
+    neutral_distance,
+    soft_capped,
+    split_mask,
+    squared_distance,
+)
 from .attention import AttentionCall
 
 # Elements of one score block; bounds the memory of calibration, not its result.
@@ -20,13 +26,19 @@ _HISTOGRAM_BINS = 1 << 14
 
 
 class View(NamedTuple):
-    """Float32 `q` `[B, Hkv, G, Tq, D]`, `k` `[B, Hkv, Tk, D]`, `allowed` bool `[B, Tq, Tk]`; `bias`
-    `[B|1, H|1, Tq, Tk]` where the host's mask adds more to the scores than hidden keys."""
+    """One call of an attention module, in float32.
+
+    `q` `[B, Hkv, G, Tq, D]`; `k` `[B, Hkv, Tk, D]`; `allowed` bool `[B, 1|H, Tq, Tk]`; `bias`
+    `[B|1, H|1, Tq, Tk]` where the host adds more to the scores than hidden keys; `softcap` on them.
+    A sink is one more key, the last: at the origin, its logit in `bias`. `keys` counts without it.
+    """
 
     q: Tensor
     k: Tensor
     allowed: Tensor
     bias: Tensor | None
+    softcap: float | None
+    keys: int
 
 
 class Observer(ABC):
@@ -42,25 +54,42 @@ class Observer(ABC):
         self.real_tokens: Tensor | None = None
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        self.see(call.query, call.key, call.mask, call.scaling)
+        self.look(call)
         return call.dot_product()
 
-    def see(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+    def look(self, call: AttentionCall) -> None:
+        """`see` of a call, with all that the host adds to plain attention."""
+        host = call.host_terms
+        _ = call.terms  # which refuses heads that the masses were not made for
+        self.see(
+            call.query,
+            call.key,
+            host.folded_mask,
+            call.scaling,
+            softcap=host.softcap,
+            sinks=host.sinks,
+        )
+
+    def see(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
         batch, heads, queries, width = query.shape
         kv_heads, keys = key.shape[1], key.shape[2]
-        allowed = torch.ones(batch, queries, keys, dtype=torch.bool, device=query.device)
-        bias = None
-        if mask is not None:
-            visible, bias = split_mask(mask)
-            # Hidden means hidden from every head; per-head masks only differ in their bias.
-            allowed &= visible.any(1)
-            bias = None if bias is None else bias.masked_fill(~visible, 0.0).float()
-            bias = bias if bias is not None and bias.any() else None
+        allowed, bias = _read_mask(mask, batch, queries, keys, query.device)
         if self.real_tokens is not None and self.real_tokens.shape == (batch, queries):
-            allowed &= self.real_tokens.to(allowed.device)[:, :, None]
-        q = query.detach().float().view(batch, kv_heads, heads // kv_heads, queries, width)
+            allowed = allowed & self.real_tokens.to(allowed.device)[:, None, :, None]
+        q = query.detach().float().reshape(batch, kv_heads, heads // kv_heads, queries, width)
+        view = View(q, key.detach().float(), allowed, bias, softcap, keys)
+        if sinks is not None:
+            view = _with_sink(view, sinks.detach().float())
         self.calls += 1
-        view = View(q, key.detach().float(), allowed, bias)
         # A model prepared for half-precision training runs under autocast.
         with exact_products(query.device):
             self.update(view, scaling if scaling else width**-0.5)
@@ -70,30 +99,63 @@ class Observer(ABC):
         """Add one call of the attention module to the running statistics."""
 
 
+def _read_mask(
+    mask: Tensor | None, batch: int, queries: int, keys: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """`allowed` and `bias` of a view."""
+    allowed = torch.ones(batch, 1, queries, keys, dtype=torch.bool, device=device)
+    if mask is None:
+        return allowed, None
+    visible, bias = split_mask(mask.detach().to(device))
+    bias = None if bias is None else bias.masked_fill(~visible, 0.0).float()
+    bias = bias if bias is not None and bias.any() else None
+    if visible.shape[1] > 1 and bool((visible == visible[:, :1]).all()):
+        visible = visible[:, :1]
+    return allowed & visible, None if bias is None else bias.expand(*bias.shape[:2], queries, keys)
+
+
+def _with_sink(view: View, sinks: Tensor) -> View:
+    """`sinks` `[H]` or `[B, H, Tq]`. A row that sees nothing else teaches nothing by its sink."""
+    k = torch.cat([view.k, torch.zeros_like(view.k[:, :, :1])], 2)
+    allowed = torch.cat([view.allowed, view.allowed.any(-1, keepdim=True)], -1)
+    logit = (sinks[None, :, None] if sinks.dim() == 1 else sinks).unsqueeze(-1)
+    batch, kv_heads, groups, queries, _ = view.q.shape
+    bias = logit.new_zeros(1, 1, 1, 1) if view.bias is None else view.bias
+    most = max(logit.shape[0], bias.shape[0])
+    parts = (
+        bias.expand(most, kv_heads * groups, queries, view.keys),
+        logit.expand(most, kv_heads * groups, queries, 1),
+    )
+    return view._replace(k=k, allowed=allowed, bias=torch.cat(parts, -1))
+
+
 class Moments(Observer):
     """First pass, per head: where the host's own attention falls, and the longest key and query.
 
     Sums in float64, one term per query row: `dot` and `attended_key_sq` are means over that row's
     keys under the host's attention weights, `query_sq` is the query's own; `key_sq` has one term
-    per visible key. `[H]`, except `key_sq` `[Hkv]`.
+    per visible key. `[H]`, except `key_sq` `[Hkv]`. `queries` and `keys` count the terms: `[1]`, or
+    of the same shapes where heads see different keys.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.queries = self.keys = 0
+        self.queries = self.keys = torch.zeros(1, dtype=torch.float64)
         self.scaling = 0.0
         self.sums: dict[str, Tensor] = {}
         self.longest_key_sq = self.longest_query_sq = torch.zeros(())
 
     def update(self, view: View, scaling: float) -> None:
         self.scaling = scaling
-        rows, columns = view.allowed.any(-1), view.allowed.any(-2)
-        query_sq = view.q.square().sum(-1).flatten(1, 2) * rows[:, None]
-        key_sq = view.k.square().sum(-1) * columns[:, None]
+        rows, columns = view.allowed.any(-1), view.allowed[..., : view.keys].any(-2)
+        query_sq = view.q.square().sum(-1).flatten(1, 2) * rows
+        if columns.shape[1] > 1:  # a key head counts where one of its query heads sees
+            columns = columns.unflatten(1, (view.k.shape[1], -1)).any(2)
+        key_sq = view.k[:, :, : view.keys].square().sum(-1) * columns
         self._add("query_sq", total(query_sq, (0, 2)))
         self._add("key_sq", total(key_sq, (0, 2)))
-        self.queries += int(rows.sum())
-        self.keys += int(columns.sum())
+        self.queries = self.queries + count(rows)
+        self.keys = self.keys + count(columns)
         self.longest_query_sq = _longest(self.longest_query_sq, query_sq)
         self.longest_key_sq = _longest(self.longest_key_sq, key_sq)
 
@@ -101,10 +163,9 @@ class Moments(Observer):
         attended_sq = keys.square().sum(-1)[:, :, None]
         for q, allowed, bias in row_blocks(view):
             dot = q @ keys.transpose(-2, -1)
-            hidden = ~allowed[:, None]
-            score = scaling * dot + bias
-            weights = score.masked_fill(hidden, torch.finfo(dot.dtype).min).softmax(-1)
-            weights = weights.masked_fill(hidden, 0.0)
+            score = capped(scaling * dot, view.softcap) + bias
+            weights = score.masked_fill(~allowed, torch.finfo(dot.dtype).min).softmax(-1)
+            weights = weights.masked_fill(~allowed, 0.0)
             self._add("dot", total(weights * dot, (0, 2, 3)))
             self._add("attended_key_sq", total(weights * attended_sq, (0, 2, 3)))
 
@@ -115,14 +176,14 @@ class Moments(Observer):
 class Agreement(Observer):
     """Second pass, per query head: KL from the host's attention to gravity's, and the contrast.
 
-    Contrast is `((d2_95 + eps) / (d2_05 + eps))^2` over attended pairs: by how much the pull of a
-    near key exceeds that of a far one. 1 means that distance makes no difference.
+    Contrast is `((d2_95 + eps) / (d2_05 + eps))^2` over attended pairs, sinks aside: by how much
+    the pull of a near key exceeds that of a far one. 1 means that distance makes no difference.
     """
 
     def __init__(self, terms: GravityTerms, law: str, reach_sq: Tensor) -> None:
         super().__init__()
         self.terms, self.law, self.reach_sq = terms, law, reach_sq
-        self.rows = 0
+        self.rows = torch.zeros(1, dtype=torch.float64)
         heads = terms.mass.shape[0]
         self.kl_sum = torch.zeros(heads, dtype=torch.float64)
         self.histogram = torch.zeros(heads, _HISTOGRAM_BINS, dtype=torch.float64)
@@ -135,10 +196,14 @@ class Agreement(Observer):
         mass, softening = (t.to(keys.device) for t in (self.terms.mass, self.terms.softening))
         for q, allowed, bias in row_blocks(view):
             distance_sq = squared_distance(q, keys, radius)
-            gravity = gravity_score(distance_sq, mass, softening, self.law) + bias
-            host = scaling * (q @ keys.transpose(-2, -1)) + bias
-            self._add_divergence(host, gravity, allowed[:, None])
-            self._add_distances(distance_sq, allowed)
+            gravity = gravity_score(distance_sq, mass, softening, self.law)
+            if view.softcap is not None:
+                neutral_sq = neutral_distance(q, keys, radius)
+                neutral = gravity_score(neutral_sq, mass, softening, self.law)
+                gravity = soft_capped(gravity, neutral, view.softcap)
+            host = capped(scaling * (q @ keys.transpose(-2, -1)), view.softcap)
+            self._add_divergence(host + bias, gravity + bias, allowed)
+            self._add_distances(distance_sq[..., : view.keys], allowed[..., : view.keys])
 
     def _add_divergence(self, host: Tensor, gravity: Tensor, allowed: Tensor) -> None:
         lowest = torch.finfo(host.dtype).min
@@ -146,19 +211,20 @@ class Agreement(Observer):
         log_gravity = gravity.masked_fill(~allowed, lowest).log_softmax(-1)
         terms = (log_host.exp() * (log_host - log_gravity)).masked_fill(~allowed, 0.0)
         self.kl_sum += total(terms.sum(-1), (0, 2)).cpu()
-        self.rows += int(allowed.any(-1).sum())
+        self.rows = self.rows + count(allowed.any(-1))
 
     def _add_distances(self, distance_sq: Tensor, allowed: Tensor) -> None:
         scale = _HISTOGRAM_BINS / self.reach_sq.clamp(min=1e-30).to(distance_sq)
         bins = (distance_sq * scale[:, None, None]).long().clamp(0, _HISTOGRAM_BINS - 1)
+        allowed = allowed.expand(-1, bins.shape[1], -1, -1)
         for head in range(bins.shape[1]):
-            counts = torch.bincount(bins[:, head][allowed], minlength=_HISTOGRAM_BINS)
+            counts = torch.bincount(bins[:, head][allowed[:, head]], minlength=_HISTOGRAM_BINS)
             self.histogram[head] += counts.double().cpu()
 
     def divergence(self) -> Tensor:
         """Mean over query rows of KL(host || gravity), nats, `[H]`."""
         # Equal distributions may come out below 0 by rounding.
-        return (self.kl_sum / max(self.rows, 1)).clamp(min=0.0)
+        return (self.kl_sum / self.rows.clamp(min=1)).clamp(min=0.0)
 
     def contrast(self) -> Tensor:
         """`[H]`, at least 1."""
@@ -177,7 +243,7 @@ class Agreement(Observer):
 
 
 def row_blocks(view: View) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
-    """Blocks of `q` `[B, H, rows, D]`, `allowed` `[B, rows, Tk]` and the bias of these rows."""
+    """Blocks of rows: `q` `[B, H, rows, D]`, `allowed` `[B, 1|H, rows, Tk]` and the bias."""
     batch, kv_heads, groups, queries, width = view.q.shape
     q = view.q.reshape(batch, kv_heads * groups, queries, width)
     per_row = batch * kv_heads * groups * view.k.shape[2]
@@ -185,11 +251,21 @@ def row_blocks(view: View) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
     for start in range(0, queries, rows):
         part = slice(start, start + rows)
         bias = 0.0 if view.bias is None else view.bias[:, :, part]
-        yield q[:, :, part], view.allowed[:, part], bias
+        yield q[:, :, part], view.allowed[:, :, part], bias
 
 
 def total(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     return values.sum(dims, dtype=torch.float64)
+
+
+def count(seen: Tensor) -> Tensor:
+    """How many of bool `[B, heads, T]`, per head, on the CPU."""
+    return total(seen, (0, 2)).cpu()
+
+
+def capped(score: Tensor, softcap: float | None) -> Tensor:
+    """A host's logits under its cap."""
+    return score if softcap is None else softcap * torch.tanh(score / softcap)
 
 
 def _longest(so_far: Tensor, lengths_sq: Tensor) -> Tensor:

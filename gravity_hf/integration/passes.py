@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from tqdm.auto import tqdm
 
 from ..layers.parameters import GravityParameters
 from .observers import Observer
+from .placement import execution_device
+from .sites import find_attention_sites
 
 
 class Passes:
@@ -57,27 +60,51 @@ class Passes:
         Raises:
             ValueError: a module that no batch reached.
         """
-        device = next(self.model.parameters()).device
+        device = execution_device(self.model)
         with _observing(self.model, self.modules, observers), torch.no_grad():
             for batch in self.batches:
                 inputs = {
                     name: value.to(device) if isinstance(value, Tensor) else value
                     for name, value in batch.items()
                 }
-                padding = inputs.get("attention_mask")
-                is_plain = isinstance(padding, Tensor) and padding.dim() == 2
-                real_tokens = padding.bool() if is_plain else None  # type: ignore[union-attr]
-                for observer in observers.values():
-                    observer.real_tokens = real_tokens
+                for name, observer in observers.items():
+                    observer.real_tokens = _real_tokens(self.model, inputs, name)
                 self.model(**inputs)
                 self.bar.update()
         unseen = [name for name, observer in observers.items() if not observer.calls]
         if unseen:
-            raise ValueError(
-                f"{self.caller}: expected batches that reach every converted attention module, "
-                f"{len(unseen)} saw none, such as {unseen[0]}. Pass the inputs that exercise them, "
-                "or leave them out with GravityConfig(layers=[...])"
-            )
+            raise ValueError(self._unreached(unseen))
+
+    def _unreached(self, unseen: list[str]) -> str:
+        """A model of several towers may be meant to run without some of them: say how to."""
+        parts = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in unseen})
+        sites = [site.name for site in find_attention_sites(self.model)]
+        reached = [i for i, name in enumerate(sites) if name in self.modules and name not in unseen]
+        return (
+            f"{self.caller}: expected batches that reach every converted attention module, "
+            f"{len(unseen)} of {len(self.modules)} saw none: {', '.join(parts)}. Pass inputs that "
+            "exercise them too, or leave them on dot product: unpatch_gravity(model), then "
+            f"patch_with_gravity(model, GravityConfig(layers={_as_ranges(reached)}))"
+        )
+
+
+def _real_tokens(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Tensor | None:
+    """`[B, T]` bool: tokens that are no padding, on the module's side of the model; None: all."""
+    mask = inputs.get("attention_mask")
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder" in name:
+        mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
+        if mask is None and "decoder_input_ids" not in inputs and isinstance(labels, Tensor):
+            mask = labels != -100
+    is_plain = isinstance(mask, Tensor) and mask.dim() == 2
+    return mask.bool() if is_plain else None  # type: ignore[union-attr]
+
+
+def _as_ranges(indices: list[int]) -> str:
+    """Python for a tuple of increasing indices: `(*range(0, 24), *range(30, 32))`."""
+    starts = [i for i in indices if i - 1 not in indices]
+    stops = [i + 1 for i in indices if i + 1 not in indices]
+    parts = [f"*range({a}, {b})" for a, b in zip(starts, stops, strict=True)]
+    return f"({', '.join(parts)},)" if parts else "()"
 
 
 @contextmanager

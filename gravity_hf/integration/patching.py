@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +16,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from ..config import GravityConfig
 from ..layers.parameters import GravityParameters
 from ..ops.api import explain_implementation
-from .attention import ATTENTION_NAME
+from .carrier import is_served
 from .hosts import (
     CLASS_PREFIX,
     GravityHost,
@@ -30,8 +29,10 @@ from .hosts import (
     select_sites,
     settings_of,
 )
+from .implementations import ATTENTION_NAME, configs_of, name_gravity, restore_attention
+from .placement import execution_device
 from .sites import AttentionSite, find_attention_sites, find_own_attention
-from .support import refuse_module
+from .tensor_parallel import refuse_split
 
 logger = logging.get_logger(__name__)
 
@@ -134,9 +135,9 @@ def unpatch_gravity(model: Model) -> Model:
     originals = model.__dict__.pop("_gravity_host_attention", None)
     if originals is None:  # loaded from a checkpoint, never anything else in this process
         originals = itertools.repeat(
-            model.get_correct_attn_implementation(None), len(_configs(model))
+            model.get_correct_attn_implementation(None), len(configs_of(model))
         )
-    _restore_attention(model, originals)
+    restore_attention(model, originals)
     host_config = model.config
     for key in ("gravity", "auto_map"):
         host_config.__dict__.pop(key, None)
@@ -153,6 +154,8 @@ def gravity_status(model: nn.Module) -> GravityStatus:
     host: Any = model.get_base_model() if _is_peft(model) else model  # type: ignore[operator]
     settings = settings_of(host)
     current = getattr(getattr(host, "config", None), "_attn_implementation", None) or "own"
+    if is_served(getattr(host, "config", None)):
+        current = ATTENTION_NAME
     if settings is None:
         return GravityStatus(False, type(host).__name__, None, (), (), current, 0)
     sites = find_attention_sites(host)
@@ -178,12 +181,15 @@ def _implementation(model: nn.Module, settings: GravityConfig) -> tuple[str, str
     if settings.implementation != "auto":
         return settings.implementation, "as the settings name it"
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
-    device = _device(model) or torch.device("cpu")
-    return explain_implementation(device, next(dtypes, torch.get_default_dtype()))
+    device = execution_device(model) or torch.device("cpu")
+    caps = (getattr(m, "attn_logit_softcapping", None) for m in model.modules())
+    softcap = next((cap for cap in caps if cap is not None), None)
+    return explain_implementation(device, next(dtypes, torch.get_default_dtype()), softcap)
 
 
 def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
     refuse_wrapped(model, "patch_with_gravity", f"expected this order: {_RIGHT_ORDER}")
+    refuse_split(model, "patch_with_gravity")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"patch_with_gravity: expected a transformers PreTrainedModel, got "
@@ -196,7 +202,6 @@ def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
         )
     sites = select_sites(find_attention_sites(model), settings)
     for site in sites:
-        refuse_module(site.name, site.module)
         if hasattr(site.module, "gravity"):
             raise ValueError(
                 f"{site.name} ({type(site.module).__name__}): expected no attribute `gravity`, "
@@ -216,18 +221,18 @@ def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
         )
     config_class = gravity_config_class(type(model.config))
     model_class = gravity_model_class(type(model), config_class)
-    children = [(s, make_child(s, settings, device=_device(s.module))) for s in sites]
+    children = [(s, make_child(s, settings, device=execution_device(s.module))) for s in sites]
     return _Plan(children, settings, model_class, config_class)
 
 
 def _apply(model: PreTrainedModel, plan: _Plan) -> None:
-    originals = [config._attn_implementation for config in _configs(model)]
-    model.set_attn_implementation(ATTENTION_NAME)
+    originals = [config._attn_implementation for config in configs_of(model)]
+    name_gravity(model)
     for site, _ in plan.children:
         reached = getattr(site.module, "config", model.config)._attn_implementation
         if reached != ATTENTION_NAME:
             # transformers only logs when it cannot set an implementation; what it set is undone.
-            _restore_attention(model, originals)
+            restore_attention(model, originals)
             raise TypeError(
                 f"{type(model).__name__} does not let its attention implementation be set; "
                 f"expected 'gravity' in {site.name}, got {reached!r}"
@@ -239,39 +244,12 @@ def _apply(model: PreTrainedModel, plan: _Plan) -> None:
         site.module.gravity = child
 
 
-def _restore_attention(model: PreTrainedModel, implementations: Iterable[str | None]) -> None:
-    for config, implementation in zip(_configs(model), implementations, strict=True):
-        config._attn_implementation_internal = implementation
-
-
 def _change_class(model: Any, model_class: type, config_class: type) -> None:
     recorded = dict.get(_CAN_RECORD_REGISTRY, str(model.__class__))
     model.config.__class__ = config_class
     model.__class__ = model_class
     # What a class can record (hidden states) is looked up by the class's name.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(model_class), recorded)
-
-
-def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every config object of `model`, each once, in an order that copies of it share."""
-    found: dict[int, PreTrainedConfig] = {}
-    pending = [getattr(module, "config", None) for module in model.modules()]
-    while pending:
-        config = pending.pop(0)
-        if isinstance(config, PreTrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            pending += [getattr(config, name, None) for name in config.sub_configs]
-    return list(found.values())
-
-
-def _device(module: nn.Module) -> torch.device | None:
-    """Where a new child of `module` lives: offloaded modules compute on their hook's device."""
-    device = next((p.device for p in module.parameters()), None)
-    if device is not None and device.type == "meta":
-        hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
-        devices = (getattr(hook, "execution_device", None) for hook in hooks)
-        return next((torch.device(d) for d in devices if d is not None), torch.device("cpu"))
-    return device
 
 
 def _is_peft(model: nn.Module) -> bool:

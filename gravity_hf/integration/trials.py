@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .closed_form import HeadGeometry
-from .observers import Observer, View, row_blocks, total
+from .observers import Observer, View, capped, count, row_blocks, total
+
+
+class _Cap(NamedTuple):
+    """A host's cap on its logits, and where gravity's scores are neutral: `|q|^2 + kappa`."""
+
+    softcap: float
+    neutral_sq: Tensor
 
 
 class Trials(Observer):
@@ -22,6 +31,10 @@ class Trials(Observer):
     holds them at any eps. In s the KL is convex, with the derivatives of an exponential family:
     `dKL/ds = E_gravity[phi] - E_host[phi]`, `d2KL/ds2 = Var_gravity[phi]`.
 
+    Under a host's cap c the score is `s n + c tanh(s (phi - n) / c)`, n being phi at a right angle.
+    There the KL is not convex; the variance is that of the score's slope in s, which is not
+    negative, so that a step still descends.
+
     Args:
         geometry: of the module's heads.
         law: `"force"` or `"power"`.
@@ -36,7 +49,7 @@ class Trials(Observer):
         super().__init__()
         self.geometry, self.law = geometry, law
         self.softening, self.strength, self.wanted = softening, strength, wanted
-        self.rows = 0
+        self.rows = torch.zeros(1, dtype=torch.float64)
         self.sums = torch.zeros(3, *strength.shape, dtype=torch.float64)
 
     def update(self, view: View, scaling: float) -> None:
@@ -49,14 +62,21 @@ class Trials(Observer):
             kappa = radius_sq.repeat_interleave(groups)[:, None, None]
         for q, allowed, bias in row_blocks(view):
             dot = q @ keys.transpose(-2, -1)
-            distance_sq = q.square().sum(-1, keepdim=True) + kappa - 2.0 * dot
-            hidden = ~allowed[:, None]
-            host = _log_softmax(dot.mul_(scaling).add_(bias), hidden)
-            self._add(distance_sq.clamp_(min=0.0), host, hidden, bias)
-            self.rows += int(allowed.any(-1).sum())
+            neutral_sq = q.square().sum(-1, keepdim=True) + kappa
+            distance_sq = (neutral_sq - 2.0 * dot).clamp_(min=0.0)
+            hidden = ~allowed
+            host = _log_softmax(capped(dot.mul_(scaling), view.softcap).add_(bias), hidden)
+            cap = None if view.softcap is None else _Cap(view.softcap, neutral_sq)
+            self._add(distance_sq, host, hidden, bias, cap)
+            self.rows = self.rows + count(allowed.any(-1))
 
     def _add(
-        self, distance_sq: Tensor, log_host: Tensor, hidden: Tensor, bias: Tensor | float
+        self,
+        distance_sq: Tensor,
+        log_host: Tensor,
+        hidden: Tensor,
+        bias: Tensor | float,
+        cap: _Cap | None,
     ) -> None:
         host = log_host.exp().masked_fill_(hidden, 0.0)
         for candidate, wanted in enumerate(self.wanted):
@@ -66,14 +86,16 @@ class Trials(Observer):
             if not wanted.all():
                 heads = wanted.nonzero().squeeze(-1).to(distance_sq.device)
             shift = bias if isinstance(bias, float) or bias.shape[1] == 1 else bias[:, heads]
+            unseen = hidden if hidden.shape[1] == 1 else hidden[:, heads]
             self.sums[:, candidate, heads] += self._derivatives(
                 candidate,
                 heads,
                 distance_sq[:, heads],
                 log_host[:, heads],
                 host[:, heads],
-                hidden,
+                unseen,
                 shift,
+                cap,
             )
 
     def _derivatives(
@@ -85,11 +107,19 @@ class Trials(Observer):
         host: Tensor,
         hidden: Tensor,
         bias: Tensor | float,
+        cap: _Cap | None,
     ) -> Tensor:
         """KL, slope, curvature: `[3, heads]`, sums over rows."""
         phi = self._unit_score(candidate, heads, distance_sq)
         strength = self._per_head(self.strength[candidate], heads, phi)
-        log_gravity = _log_softmax((strength * phi).add_(bias), hidden)
+        score = strength * phi
+        if cap is not None:
+            neutral = self._unit_score(candidate, heads, cap.neutral_sq[:, heads])
+            bent = torch.tanh(strength * (phi - neutral) / cap.softcap)
+            score = strength * neutral + cap.softcap * bent
+            # From here on the slope of the score in s, as phi is without a cap.
+            phi = neutral + (phi - neutral) * (1.0 - bent.square())
+        log_gravity = _log_softmax(score.add_(bias), hidden)
         divergence = (log_host - log_gravity).mul_(host)
         gravity = log_gravity.exp_().masked_fill_(hidden, 0.0)
         slope = (gravity - host).mul_(phi)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import EPSILON_FLOOR, GravityConfig
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class GravityTerms(NamedTuple):
@@ -30,8 +33,9 @@ class GravityParameters(nn.Module):
     """Masses, softenings and key radii of one attention module.
 
     Call it to get them: offloading and peft both depend on the call, so nobody reads the tensors
-    directly in a forward pass. Parameters are float32 whatever the host's dtype: a calibrated mass
-    in bfloat16 would be off by 0.4 %, which is a change of temperature.
+    directly in a forward pass. Parameters are float32 whatever the host's dtype, and stay it under
+    `model.to(torch.bfloat16)`: a calibrated mass in bfloat16 would be off by 0.4 %, which is a
+    change of temperature.
 
     State: `mass_log` `[H]`, `[Hkv]` or `[1]` (by `config.mass_per`), mass = softplus;
     `softening_log` `[H]` where `config.learn_softening`, softening = softplus;
@@ -67,6 +71,16 @@ class GravityParameters(nn.Module):
     def mass_count(self) -> int:
         counts = {"query_head": self.query_heads, "kv_head": self.key_value_heads, "layer": 1}
         return counts[self.config.mass_per]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GravityParameters:
+        """What `to`, `half`, `bfloat16` call: moves as in torch, never rounds to half precision."""
+
+        def without_rounding(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            rounds = result.dtype in _HALF and tensor.dtype not in _HALF
+            return tensor.to(result.device) if rounds else result
+
+        return super()._apply(without_rounding, recurse)
 
     def forward(self) -> GravityTerms:
         shared = self.query_heads // self.mass_count

@@ -32,6 +32,8 @@ def gravity_attention(
     cutoff: Cutoff | None = None,
     max_force: float | None = None,
     inverse_distance: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
@@ -70,6 +72,13 @@ def gravity_attention(
         max_force: a ceiling of the score, before cutoff and mask; force law only.
         inverse_distance: `[Tq, Tk]`, takes the place of `1 / (d^2 + eps)` for all batch entries and
             heads; force law only. Gradients reach it.
+        softcap: `c`, in nats. A score departs by less than `c` from the neutral score of its pair,
+            `n_ij`, which is that of a key at a right angle to the query, `q_i.k_j = 0`: `n_ij + c
+            tanh((score_ij - n_ij) / c)`, before the mask. As eps grows this becomes a host's `c
+            tanh(scaling q.k / c)`.
+        sinks: `[H]` or `[B, H, Tq]`, in nats. One more key at the origin, with value zero, seen by
+            every query, whose score is the law's plus `sinks`: it takes a share of the weights. As
+            eps grows this becomes a host's sink logit.
         mask: broadcastable to `[B, H, Tq, Tk]`. Bool: True = attend. Float: added to the score;
             entries at or below half of the dtype's lowest value are hidden.
         causal: query i sees keys `j <= p_i`.
@@ -85,6 +94,9 @@ def gravity_attention(
         impl: `"reference"`, `"chunked"`, `"flex"`, `"triton"`, or `"auto"`, which chooses by device
             and by what the call needs. A named implementation that cannot serve the call is an
             error; it never turns into another one.
+
+    `softcap` and `sinks` are for patched hosts: they go with masks, `causal`, `window`,
+    `key_ranges`, dropout and each other, not with the other terms.
 
     Returns:
         `[B, H, Tq, Dv]` in the dtype of `v`. Arithmetic is float32 (float64 for float64 inputs).
@@ -103,6 +115,8 @@ def gravity_attention(
         "cutoff": cutoff,
         "max_force": max_force,
         "inverse_distance": inverse_distance,
+        "softcap": softcap,
+        "sinks": sinks,
         "mask": mask,
         "causal": causal,
         "window": window,
@@ -138,7 +152,7 @@ def choose_implementation(
     compiler in a compiler.
     """
     width = max(v.shape[3], 0 if q is None else q.shape[3])
-    name, _ = _explain(v.device, v.dtype, options["mask"], width)
+    name, _ = _explain(v.device, v.dtype, options["mask"], width, options["softcap"])
     if v.numel() == 0 or (q is not None and q.numel() == 0):
         return "chunked"
     if name == "flex" and (
@@ -150,13 +164,19 @@ def choose_implementation(
     return name
 
 
-def explain_implementation(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
+def explain_implementation(
+    device: torch.device | str, dtype: torch.dtype, softcap: float | None = None
+) -> tuple[str, str]:
     """What `impl="auto"` chooses on a device for inputs of a dtype, and why, in words."""
-    return _explain(torch.device(device), dtype, None, 0)
+    return _explain(torch.device(device), dtype, None, 0, softcap)
 
 
 def _explain(
-    device: torch.device, dtype: torch.dtype, mask: Tensor | None, width: int
+    device: torch.device,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    width: int,
+    softcap: float | None,
 ) -> tuple[str, str]:
     if device.type != "cuda":
         return "chunked", f"the device is {device.type}, and triton and flex are for CUDA"
@@ -170,7 +190,7 @@ def _explain(
         )
     from .triton import triton_refusal
 
-    refusal = triton_refusal(device, dtype, mask, width)
+    refusal = triton_refusal(device, dtype, mask, width, softcap)
     if refusal is None:
         return "triton", f"CUDA, {dtype}, and triton is importable"
     if dtype in (torch.bfloat16, torch.float16):
@@ -186,7 +206,7 @@ def _triton(
     from .triton import gravity_attention_triton, triton_refusal
 
     width = max(v.shape[3], 0 if q is None else q.shape[3])
-    refusal = triton_refusal(v.device, v.dtype, options["mask"], width)
+    refusal = triton_refusal(v.device, v.dtype, options["mask"], width, options["softcap"])
     if refusal is not None:
         raise ValueError(
             f"gravity_attention: impl='triton' cannot serve this call: {refusal}. Use impl='auto' "

@@ -13,6 +13,8 @@ from .blocks import Block, cut, mask_5d
 from .precision import exact_products
 from .problem import Problem, stack
 from .scores import block_scores, differentiate_scores
+from .sinks import differentiate_sink
+from .softcap import add_neutral, differentiate_softcap
 
 # Fields of `Problem` that get a gradient, in the order of the operator's results.
 DIFFERENTIABLE = (
@@ -25,6 +27,7 @@ DIFFERENTIABLE = (
     "key_term",
     "radius_sq",
     "table",
+    "sink",
     "mask",
 )
 
@@ -66,6 +69,9 @@ def attention_backward(grad: Tensor, problem: Problem, mask_needs_grad: bool) ->
                 kept = keep * weights
                 grad_s.mul_(keep)
             problem.keys_of(grads["v"], block).baddbmm_(stack(kept).mT, grad_out)
+            if problem.sink is not None:
+                part = differentiate_sink(weights, scores.sink_weight, grad_s)
+                problem.rows_of(grads["sink"], block).copy_(part)
             # grad_s becomes weights * (grad_s - sum_j weights * grad_s).
             torch._softmax_backward_data(grad_s, weights, -1, grad_s.dtype, grad_input=grad_s)
             if "mask" in grads:
@@ -73,9 +79,14 @@ def attention_backward(grad: Tensor, problem: Problem, mask_needs_grad: bool) ->
                 slices = (block.batch, block.heads, slice(None), block.rows, block.window.keys)
                 part = cut(part, *slices)
                 part += grad_s.sum_to_size(part.shape)
+            neutral = None
+            if problem.softcap is not None:
+                neutral = differentiate_softcap(problem, block, scores.bend, grad_s)
             turn = differentiate_scores(problem, block, scores, grad_s, grads)
             if problem.table is None:
                 _through_product(problem, block, grad_s, turn, grads)
+            if neutral is not None:
+                add_neutral(problem, block, neutral, grads)
     return _results(problem, grads)
 
 

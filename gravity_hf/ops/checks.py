@@ -14,6 +14,17 @@ from .cutoff import Cutoff
 
 # Terms that have no meaning under the power law; under it the queries' masses would cancel.
 _FORCE_ONLY = ("query_mass", "head_bias", "repulsive", "max_force", "inverse_distance")
+# What a patched host never has; beside it a neutral score or a key at the origin is not defined.
+_WITHOUT_HOST_TERMS = (
+    "query_mass",
+    "key_mass",
+    "head_bias",
+    "repulsive",
+    "cutoff",
+    "max_force",
+    "inverse_distance",
+    "exclude_self",
+)
 
 
 class _Sizes(NamedTuple):
@@ -44,6 +55,7 @@ def check_call(
     else:
         sizes = _check_table(q, k, v, mass, options)
     _check_terms(sizes, options)
+    _check_host_terms(sizes, options)
     _check_visible(sizes, options, cu_seqlens)
     _expect(mass.is_floating_point(), "mass", "a floating dtype", mass.dtype)
     given = {"q": q, "k": k, "mass": mass, "cu_seqlens": cu_seqlens, **options}
@@ -106,8 +118,8 @@ def _check_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
             _expect(tensor.shape == shape, name, words, tuple(tensor.shape))
     if options["law"] != "force":
         for name in _FORCE_ONLY:
-            given = options[name] is not None and options[name] is not False
-            _expect(not given, name, "law='force', which alone has it", options["law"])
+            fits = not _given(options, name)
+            _expect(fits, name, "law='force', which alone has it", options["law"])
     limit = options["max_force"]
     if limit is not None:
         finite = not isinstance(limit, bool) and -math.inf < limit < math.inf
@@ -119,6 +131,25 @@ def _check_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
         _expect(shape == per_head, "cutoff.radius", f"[{sizes.heads}]", shape)
         fits = cutoff.kind != "soft" or options["law"] == "force"
         _expect(fits, "cutoff", "kind 'hard' or 'log' under law='power'", cutoff.kind)
+
+
+def _check_host_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
+    softcap, sinks = options["softcap"], options["sinks"]
+    if softcap is not None:
+        number = isinstance(softcap, (int, float)) and not isinstance(softcap, bool)
+        fits = number and 0 < softcap < math.inf
+        _expect(fits, "softcap", "a finite number > 0, or None", softcap)
+    if sinks is not None:
+        _expect(isinstance(sinks, Tensor), "sinks", "a tensor [H] or [B, H, Tq]", sinks)
+        _expect(sinks.is_floating_point(), "sinks", "a floating dtype", sinks.dtype)
+        full = (sizes.batch, sizes.heads, sizes.queries)
+        fits = sinks.shape == full[1:2] or sinks.shape == full
+        _expect(fits, "sinks", f"[{sizes.heads}] or {list(full)}", tuple(sinks.shape))
+    for name in ("softcap", "sinks"):
+        if options[name] is not None:
+            others = [other for other in _WITHOUT_HOST_TERMS if _given(options, other)]
+            expected = f"none of {list(_WITHOUT_HOST_TERMS)} beside it"
+            _expect(not others, name, expected, f"{others}: leave out one or the other")
 
 
 def _check_visible(sizes: _Sizes, options: Mapping[str, Any], cu_seqlens: Tensor | None) -> None:
@@ -151,6 +182,10 @@ def _check_visible(sizes: _Sizes, options: Mapping[str, Any], cu_seqlens: Tensor
         fits = batch == 1 and queries == keys
         got = f"B = {batch}, Tq = {queries}, Tk = {keys}: use key_ranges there"
         _expect(fits, "cu_seqlens", "B = 1 and Tq = Tk (documents packed into one row)", got)
+
+
+def _given(options: Mapping[str, Any], name: str) -> bool:
+    return options[name] is not None and options[name] is not False
 
 
 def _expect_values(name: str, tensor: Tensor) -> None:

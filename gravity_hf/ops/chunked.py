@@ -39,6 +39,8 @@ def gravity_attention_chunked(
     cutoff: Cutoff | None = None,
     max_force: float | None = None,
     inverse_distance: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
@@ -68,8 +70,12 @@ def gravity_attention_chunked(
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
     fade = (None, 1.0) if cutoff is None else (cutoff.kind, cutoff.width)
 
-    floating = (v, strength, eps, offset, key_term, radius_sq, table, mask)
+    sink = None
+    if sinks is not None:
+        sink = _sink_score(_query_term(q, k, eps, key_radius_sq), strength, law, sinks.to(dtype))
+    floating = (v, strength, eps, offset, key_term, radius_sq, table, sink, mask)
     rules = (law, causal, window, exclude_self, *fade, max_force, dropout_p)
+    rules = (*rules, softcap, key_radius_sq is not None)
     arguments = (*floating, key_ranges, seed, *rules)
     # A cutoff needs the distance without eps.
     softening = eps if cutoff is None else None
@@ -117,6 +123,13 @@ def _query_term(q: Tensor, k: Tensor, eps: Tensor | None, key_radius_sq: Tensor 
         radius_sq = key_radius_sq.repeat_interleave(q.shape[1] // k.shape[1])
         constant = radius_sq if eps is None else eps + radius_sq
     return term if constant is None else term + constant[:, None, None]
+
+
+def _sink_score(softened: Tensor, strength: Tensor, law: str, sinks: Tensor) -> Tensor:
+    """The score of a key at the origin, `[B, H, Tq]`: its softened distance is `_query_term`."""
+    softened = softened.squeeze(-1)
+    score = -strength * softened.log() if law == "power" else strength / softened
+    return score + (sinks[:, None] if sinks.dim() == 1 else sinks)
 
 
 def _is_decoding(q: Tensor, k: Tensor, *arguments: object) -> bool:

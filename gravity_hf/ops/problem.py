@@ -25,8 +25,9 @@ class Problem:
     strength: `M^2`, negative where repulsive, times query masses where there are any,
     `[B|1, H, Tq|1]`. offset: the head's bias times query masses, shaped like strength. key_term:
     factor (force) or summand (power) of the score `[B, H, Tk]`. radius_sq: of the cutoff, `[H]`.
-    table: inverse squared distances `[Tq, Tk]`. seed: int64 `[1]`, of the dropout. cutoff: its
-    kind. The rest as in `api.gravity_attention`.
+    table: inverse squared distances `[Tq, Tk]`. sink: the sink's score `[B, H, Tq]`. seed: int64
+    `[1]`, of the dropout. cutoff: its kind. lifted: whether keys are, which only a soft cap asks.
+    The rest as in `api.gravity_attention`.
     """
 
     q: Tensor | None
@@ -38,6 +39,7 @@ class Problem:
     key_term: Tensor | None
     radius_sq: Tensor | None
     table: Tensor | None
+    sink: Tensor | None
     mask: Tensor | None
     key_ranges: Tensor | None
     seed: Tensor | None
@@ -49,6 +51,8 @@ class Problem:
     cutoff_width: float
     max_force: float | None
     dropout_p: float
+    softcap: float | None
+    lifted: bool
 
     @property
     def sizes(self) -> Sizes:
@@ -111,6 +115,17 @@ class Problem:
         product = torch.bmm(stack(queries), keys.mT)
         return product.view(*queries.shape[:-1], keys.shape[1])
 
+    def neutral(self, block: Block) -> Tensor:
+        """`|q_i|^2 + kappa_j + eps`, where `q_i.k_j` were 0: `[b, n, G, rows, keys]`, with lifted
+        keys `[b, n, G, rows, 1]`. For calls without a cutoff."""
+        term = self.rows_of(self.q, block)[..., -1:]
+        return term if self.lifted else self.beside(term, self.keys_of(self.k, block)[..., -2])
+
+    @staticmethod
+    def beside(rows: Tensor, keys: Tensor) -> Tensor:
+        """The sums of `[b, n, G, rows, 1]` and `[b * n, keys]`."""
+        return rows + keys.view(*rows.shape[:2], 1, 1, -1)
+
 
 def stack(tensor: Tensor) -> Tensor:
     """`[b, n, G, rows, x]` as `[b * n, G * rows, x]`: heads that share a key head, stacked."""
@@ -131,3 +146,7 @@ class DecodingProblem(Problem):
         product = torch.baddbmm(kappa.mT, stack(queries), keys.mT, alpha=-2.0)
         product = product.view(*queries.shape[:-1], keys.shape[1])
         return product.add_(self.rows_of(self.query_term, block))
+
+    def neutral(self, block: Block) -> Tensor:
+        term = self.rows_of(self.query_term, block)
+        return term if self.lifted else self.beside(term, self.keys_of(self.kappa, block)[..., 0])

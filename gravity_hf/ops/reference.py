@@ -90,6 +90,26 @@ def force_score(
     return score if max_force is None else score.clamp(max=max_force)
 
 
+def neutral_distance(q: Tensor, k: Tensor, key_radius_sq: Tensor | None = None) -> Tensor:
+    """`|q_i|^2 + kappa_j`: `squared_distance` as it would be at a right angle, `q_i.k_j = 0`.
+
+    `[B, H, Tq, Tk]`, or `[B, H, Tq, 1]` with lifted keys, whose `kappa` is the same for all.
+    """
+    query_sq = q.square().sum(-1, keepdim=True)
+    if key_radius_sq is None:
+        return query_sq + k.square().sum(-1).unsqueeze(-2)
+    return query_sq + key_radius_sq[:, None, None]
+
+
+def soft_capped(score: Tensor, neutral: Tensor, softcap: float) -> Tensor:
+    """`n + c tanh((score - n) / c)`, `n` the neutral score.
+
+    A host caps `scaling q.k`, which is 0 at a right angle. A score of gravity has a constant part,
+    which softmax does not see and tanh would; the cap is of what differs from it.
+    """
+    return neutral + softcap * torch.tanh((score - neutral) / softcap)
+
+
 def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """A mask as `(allowed, bias)`: bool = attend; float = added to the score, and entries at or
     below half the dtype's lowest value (what transformers calls masked, and -inf) are hidden."""
@@ -149,6 +169,8 @@ def gravity_attention_reference(
     cutoff: Cutoff | None = None,
     max_force: float | None = None,
     inverse_distance: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
@@ -164,9 +186,9 @@ def gravity_attention_reference(
     dtype = compute_dtype(v.dtype)
     out_dtype = v.dtype
     groups = mass.shape[0] // v.shape[1]
-    tensors = (q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias, inverse_distance)
-    q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias, inverse_distance = (
-        None if x is None else x.to(dtype) for x in tensors
+    tensors = (q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias)
+    q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias, inverse_distance, sinks = (
+        None if x is None else x.to(dtype) for x in (*tensors, inverse_distance, sinks)
     )
     v = v.repeat_interleave(groups, 1)
 
@@ -181,7 +203,8 @@ def gravity_attention_reference(
         else:
             if key_radius_sq is not None:
                 key_radius_sq = key_radius_sq.repeat_interleave(groups)
-            distance_sq = squared_distance(q, k.repeat_interleave(groups, 1), key_radius_sq)
+            k = k.repeat_interleave(groups, 1)
+            distance_sq = squared_distance(q, k, key_radius_sq)
             score = gravity_score(
                 distance_sq,
                 mass,
@@ -195,6 +218,9 @@ def gravity_attention_reference(
                 max_force=max_force,
             )
             hidden = None if cutoff is None else cutoff.hidden(distance_sq)
+            if softcap is not None:
+                neutral_sq = neutral_distance(q, k, key_radius_sq)
+                score = soft_capped(score, gravity_score(neutral_sq, mass, eps, law), softcap)
         queries, keys = score.shape[-2:]
         allowed = visible_keys(
             queries, keys, causal=causal, window=window, key_ranges=key_ranges, device=v.device
@@ -208,11 +234,16 @@ def gravity_attention_reference(
             allowed = attend if allowed is None else allowed & attend
         if exclude_self:
             score = score.masked_fill(own_position(queries, keys, v.device), SELF_SCORE)
-        if allowed is None:
-            weights = score.softmax(-1)
-        else:
-            lowest = torch.finfo(dtype).min
-            weights = score.masked_fill(~allowed, lowest).softmax(-1)
+        if allowed is not None:
+            score = score.masked_fill(~allowed, torch.finfo(dtype).min)
+        if sinks is not None:
+            # One more key, at the origin. Its value is zero: only the sum of weights knows of it.
+            origin_sq = squared_distance(q, torch.zeros_like(k[:, :, :1]), key_radius_sq)
+            sink_score = gravity_score(origin_sq, mass, eps, law)
+            sink_score = sink_score + (sinks[:, None] if sinks.dim() == 1 else sinks).unsqueeze(-1)
+            score = torch.cat([score, sink_score], -1)
+        weights = score.softmax(-1)[..., :keys]
+        if allowed is not None:
             weights = weights * allowed.any(-1, keepdim=True)
         weights = torch.nn.functional.dropout(weights, dropout_p)
         return AttentionOutput((weights @ v).to(out_dtype), weights)

@@ -15,9 +15,10 @@ from .problem import Problem
 # Fields of `problem.Problem`, in its order.
 _ARGUMENTS = (
     "Tensor? q, Tensor? k, Tensor v, Tensor strength, Tensor? eps, Tensor? offset, "
-    "Tensor? key_term, Tensor? radius_sq, Tensor? table, Tensor? mask, Tensor? key_ranges, "
-    "Tensor? seed, str law, bool causal, int? window, bool exclude_self, str? cutoff, "
-    "float cutoff_width, float? max_force, float dropout_p"
+    "Tensor? key_term, Tensor? radius_sq, Tensor? table, Tensor? sink, Tensor? mask, "
+    "Tensor? key_ranges, Tensor? seed, str law, bool causal, int? window, bool exclude_self, "
+    "str? cutoff, float cutoff_width, float? max_force, float dropout_p, float? softcap, "
+    "bool lifted"
 )
 _ALL = _ARGUMENTS.count(",") + 1
 _TENSORS = _ARGUMENTS.count("Tensor")

@@ -13,6 +13,8 @@ from torch import Tensor
 from .blocks import INFINITY, Block
 from .problem import Problem
 from .reference import SELF_SCORE
+from .sinks import softmax_beside_sink
+from .softcap import capped_scores
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,9 @@ class Scores:
     """A block's weights `[b, n, G, rows, keys]` after the softmax, and what its derivative needs.
 
     softened: `d^2 + eps`, with `d^2` clamped. clamped: where it was negative. distance_sq: `d^2`.
-    capped: where the score exceeded `max_force`. uncut: scores before a soft cutoff. dead:
-    `[..., rows, 1]`, rows that see nothing; their weights are finite and mean nothing. What is not
-    needed is None.
+    capped: where the score exceeded `max_force`. bend: the `tanh` of a soft cap. uncut: scores
+    before a soft cutoff. dead: `[..., rows, 1]`, rows that see nothing; their weights are finite
+    and mean nothing. sink_weight: of the sink, `[..., rows, 1]`. What is not needed is None.
     """
 
     weights: Tensor
@@ -32,11 +34,13 @@ class Scores:
     capped: Tensor | None = None
     uncut: Tensor | None = None
     dead: Tensor | None = None
+    bend: Tensor | None = None
+    sink_weight: Tensor | None = None
 
 
 def block_scores(problem: Problem, block: Block, *, differentiable: bool) -> Scores:
     """Where nothing will be differentiated, the weights overwrite the distances."""
-    softened = clamped = distance_sq = capped = uncut = None
+    softened = clamped = distance_sq = capped = uncut = bend = sink_weight = None
     if problem.table is None:
         softened = problem.product(block)
         eps = problem.heads_of(problem.eps, block)
@@ -48,7 +52,10 @@ def block_scores(problem: Problem, block: Block, *, differentiable: bool) -> Sco
         score = torch.empty_like(softened) if differentiable else softened
     else:
         score = problem.v.new_empty(_shape(problem, block))
-    _apply_law(problem, block, softened, score)
+    if problem.softcap is None:
+        _apply_law(problem, block, softened, score)
+    else:
+        bend = capped_scores(problem, block, softened, score)
     if problem.max_force is not None:
         capped = score > problem.max_force if differentiable else None
         score.clamp_(max=problem.max_force)
@@ -58,8 +65,11 @@ def block_scores(problem: Problem, block: Block, *, differentiable: bool) -> Sco
     elif problem.cutoff == "log":
         score.add_(torch.nn.functional.logsigmoid(_inside(problem, block, distance_sq)))
     dead = _hide(problem, block, score, distance_sq)
-    weights = torch.softmax(score, -1, out=score)
-    return Scores(weights, softened, clamped, distance_sq, capped, uncut, dead)
+    if problem.sink is None:
+        weights = torch.softmax(score, -1, out=score)
+    else:
+        weights, sink_weight = score, softmax_beside_sink(problem, block, score)
+    return Scores(weights, softened, clamped, distance_sq, capped, uncut, dead, bend, sink_weight)
 
 
 def differentiate_scores(

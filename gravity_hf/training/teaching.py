@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,9 +97,7 @@ class _Student(_Watcher):
 class _Both(_Watcher):
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         # Detached: each layer learns from what the host shows it, and teaches no layer before it.
-        call = replace(
-            call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach()
-        )
+        call = call.detached()
         with torch.no_grad():
             output, weights = call.dot_product()
         self.teacher.append(self._seen(output, call))

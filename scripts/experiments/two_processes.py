@@ -162,7 +162,10 @@ def windows(options: argparse.Namespace) -> torch.Tensor:
 # ---- one run, in one process of its own or two ----
 
 
-def start(options: argparse.Namespace, name: str, work: Path) -> subprocess.Popen:
+def start(
+    options: argparse.Namespace, name: str, work: Path, script: Path = Path(__file__)
+) -> subprocess.Popen:
+    """`script --worker name`, once or under torchrun."""
     command = [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -179,7 +182,7 @@ def start(options: argparse.Namespace, name: str, work: Path) -> subprocess.Pope
             port = probe.getsockname()[1]
         command += ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    command += [str(Path(__file__).resolve()), "--worker", name, "--work", str(work)]
+    command += [str(script.resolve()), "--worker", name, "--work", str(work)]
     command += ["--out", str(options.out), "--device", options.device, "--seed", str(options.seed)]
     command += ["--steps", str(options.steps), "--implementation", options.implementation]
     (work / name).mkdir(exist_ok=True)

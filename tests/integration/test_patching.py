@@ -120,6 +120,10 @@ SMALL = {"vocab_size": 97, "hidden_size": 32}
     [
         ("BloomForCausalLM", {**SMALL, "n_layer": 2, "n_head": 4}),
         ("FalconForCausalLM", {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 4}),
+        (
+            "GPTNeoForCausalLM",
+            {**SMALL, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+        ),
         ("OpenAIGPTLMHeadModel", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
         (
             "DebertaV2Model",
@@ -137,30 +141,33 @@ def test_an_architecture_out_of_reach_is_refused_by_name(model_class, config):
     assert type(model) is cls and model.config._attn_implementation != "gravity"
 
 
-@pytest.mark.parametrize("family, attribute", [
-    ("Gemma2", "attn_logit_softcapping"), ("GptOss", "sinks"), ("T5", "relative_attention_bias"),
-])  # fmt: skip
-def test_hosts_whose_attention_has_more_terms_are_refused_before_any_change(family, attribute):
-    arguments = {
-        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    } if family != "T5" else {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48,
-                              "num_layers": 2, "num_heads": 4}  # fmt: skip
-    if family == "GptOss":
-        arguments.update(num_local_experts=2, num_experts_per_tok=1)
-    head = "ForConditionalGeneration" if family == "T5" else "ForCausalLM"
-    cls = getattr(transformers, family + head)
-    model = cls(getattr(transformers, f"{family}Config")(**arguments))
-    with pytest.raises(ValueError, match=f"cannot honour.*{attribute}"):
-        patch_with_gravity(model)
-    assert type(model) is cls and not gravity_modules(model)
+def test_a_tower_out_of_reach_keeps_its_own_attention():
+    """GIT's text tower has a class for each attention name; its vision tower takes any."""
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4}  # fmt: skip
+    config = transformers.GitConfig(
+        vision_config={**tower, "image_size": 16, "patch_size": 8}, vocab_size=97, **tower
+    )
+    model = transformers.GitForCausalLM(config).eval()
+    inputs = {**tiny_inputs("vit"), "input_ids": tiny_inputs("qwen2")["input_ids"]}
+    before = logits(model, inputs)
+    implementations = [part._attn_implementation for part in (config, config.vision_config)]
+    patch_with_gravity(model)
+    assert len(gravity_modules(model)) == 2 and len(gravity_status(model).skipped) == 2
+    assert not torch.equal(logits(model, inputs), before)
+    unpatch_gravity(model)
+    assert torch.equal(logits(model, inputs), before)
+    after = [part._attn_implementation for part in (model.config, model.config.vision_config)]
+    assert after == implementations
 
 
-def test_arguments_without_a_meaning_are_refused_at_run_time():
-    """F15: swallowed in **kwargs they would be silently wrong."""
-    model = patch_with_gravity(tiny_host("qwen2"))
-    with pytest.raises(ValueError, match="argument `softcap`"):
-        model(**tiny_inputs("qwen2"), softcap=30.0)
+def test_attention_between_blocks_of_layers_is_not_a_site():
+    """Its heads are positions: a mass for each could not be."""
+    from gravity_hf.integration.sites import routes_through_interface
+
+    file = pytest.importorskip("transformers.models.inkling2.modeling_inkling2")
+    assert routes_through_interface(file.Inkling2FullAttention)
+    assert not routes_through_interface(file.Inkling2BlockAttentionResidual)
 
 
 def test_the_registered_name_is_special_to_nobody():

@@ -48,6 +48,7 @@ def make_inputs(
     head_bias: bool = False,
     radius: bool = False,
     table: bool = False,
+    sinks: str | None = None,
     law: str = "force",
     family: str = "random",
     seed: int = 0,
@@ -56,6 +57,7 @@ def make_inputs(
 
     radius: of a cutoff, which leaves each head about half of the pairs; `run` takes its kind.
     table: `inverse_distance` in the place of q, k, eps and key_radius_sq.
+    sinks: "head" or "row", of either shape; near the scores of keys, below and above.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -98,6 +100,9 @@ def make_inputs(
         distance_sq = squared_distance(inputs["q"], k, lifted_sq).transpose(0, 1).flatten(1)
         middle = distance_sq.median(1).values
         inputs["radius"] = (middle * (0.8 + 0.4 * uniform(heads)) + 0.1).sqrt()
+    if sinks is not None:
+        # The origin is nearer to most queries than their keys are.
+        inputs["sinks"] = normal(*((heads,) if sinks == "head" else (batch, heads, queries))) - 1
     if table:
         for name in ("q", "k", "eps", "key_radius_sq"):
             inputs.pop(name, None)

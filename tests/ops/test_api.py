@@ -47,6 +47,13 @@ from gravity_hf.ops.cutoff import Cutoff
         ({"cutoff": 4.0}, "cutoff: expected a gravity_hf.ops.cutoff.Cutoff, got 4.0"),
         ({"cutoff": Cutoff(torch.ones(2), "log")}, r"cutoff.radius: expected \[4\], got \(2,\)"),
         ({"cutoff": Cutoff(torch.ones(4), "soft"), "law": "power"}, "cutoff: expected kind 'hard'"),
+        ({"softcap": 0}, "softcap: expected a finite number > 0, or None, got 0"),
+        ({"softcap": float("inf")}, "softcap: expected a finite number > 0, or None, got inf"),
+        ({"softcap": True}, "softcap: expected a finite number > 0, or None, got True"),
+        ({"sinks": 1.0}, r"sinks: expected a tensor \[H\] or \[B, H, Tq\], got 1.0"),
+        ({"sinks": torch.ones(4).int()}, "sinks: expected a floating dtype, got torch.int32"),
+        ({"sinks": torch.ones(2)}, r"sinks: expected \[4\] or \[2, 4, 9\], got \(2,\)"),
+        ({"sinks": torch.ones(4, 9)}, r"sinks: expected \[4\] or \[2, 4, 9\], got \(4, 9\)"),
         ({"window": 0}, "window: expected a number of keys, an integer >= 1, got 0"),
         ({"window": 2.0}, "window: expected a number of keys, an integer >= 1, got 2.0"),
         ({"key_ranges": torch.ones(2, 9, 2)}, r"key_ranges: expected int32 \[1 or 2, 1 or 9, 2\]"),
@@ -64,6 +71,28 @@ from gravity_hf.ops.cutoff import Cutoff
 def test_refusals_name_what_was_expected_and_what_came(changes, message):
     with pytest.raises(ValueError, match="^gravity_attention: " + message):
         run(gravity_attention, {**make_inputs(), **changes})
+
+
+@pytest.mark.parametrize("host_term", [{"softcap": 5.0}, {"sinks": torch.ones(4).double()}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"query_mass": torch.ones(2, 4, 9)},
+        {"key_mass": torch.ones(2, 4, 11)},
+        {"head_bias": torch.ones(4)},
+        {"repulsive": True},
+        {"cutoff": Cutoff(torch.ones(4), "log")},
+        {"max_force": 1.0},
+        {"exclude_self": True},
+        {"inverse_distance": torch.ones(9, 11), "q": None, "k": None, "eps": None},
+    ],
+    ids="-".join,
+)
+def test_terms_of_patched_hosts_refuse_the_other_terms(other, host_term):
+    name, other_name = next(iter(host_term)), next(iter(other))
+    message = rf"^gravity_attention: {name}: expected none of .*, got \['{other_name}'\]: leave"
+    with pytest.raises(ValueError, match=message):
+        run(gravity_attention, {**make_inputs(), **host_term, **other})
 
 
 @pytest.mark.parametrize(
@@ -132,7 +161,9 @@ def triton(monkeypatch):
     """The kernels' package as the chooser sees it; `triton.problem` is why it cannot serve."""
     package = types.ModuleType("gravity_hf.ops.triton")
     package.problem = None
-    package.triton_refusal = lambda device, dtype, mask, width: package.problem
+    package.triton_refusal = lambda device, dtype, mask, width, softcap: (
+        package.problem if softcap is None else "of its softcap"
+    )
     package.gravity_attention_triton = lambda q, k, v, mass, **options: v
     monkeypatch.setitem(sys.modules, "gravity_hf.ops.triton", package)
     return package
@@ -190,7 +221,8 @@ def choose(dtype=torch.bfloat16, *, gpu=True, length=2, leaf=False, **options):
     q = torch.ones(1, 1, length, 4, dtype=dtype)
     q = q.as_subclass(_Cuda) if gpu else q
     mass = torch.ones(1, requires_grad=leaf)
-    return api.choose_implementation(q, q, q, mass, {"mask": None, "dropout_p": 0.0, **options})
+    options = {"mask": None, "dropout_p": 0.0, "softcap": None, **options}
+    return api.choose_implementation(q, q, q, mass, options)
 
 
 def test_auto_chooses_triton_for_whatever_it_can_serve_on_a_gpu(triton):
@@ -198,6 +230,8 @@ def test_auto_chooses_triton_for_whatever_it_can_serve_on_a_gpu(triton):
     assert choose() == "triton"
     assert choose(torch.float32) == "chunked"  # faster there than kernels without tensor cores
     assert choose(leaf=True, mask=mask, dropout_p=0.1, window=3, repulsive=True) == "triton"
+    assert choose(sinks=torch.ones(1)) == "triton"
+    assert choose(softcap=30.0) == "chunked"  # which neither triton nor flex has
     assert choose(length=0) == "chunked"
     assert choose(gpu=False) == "chunked"
 
@@ -212,6 +246,7 @@ def test_auto_without_triton_chooses_flex_only_for_plain_inference_on_a_gpu(trit
     assert choose(dropout_p=0.1) == "chunked"
     assert choose(exclude_self=True) == "chunked"
     assert choose(window=3) == "chunked"
+    assert choose(sinks=torch.ones(1)) == "chunked"
     assert choose(leaf=True) == "chunked"
     with torch.no_grad():
         assert choose(leaf=True) == "flex"

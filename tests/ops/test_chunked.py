@@ -230,10 +230,13 @@ def test_opcheck(law):
     *leaves, key_mass, mask = (x.detach().requires_grad_() for x in tensors)
     operator, seed = torch.ops.gravity_hf.attention.default, torch.tensor([3])
     rules = (None, False, None, 1.0, None)
-    arguments = (*leaves, None, key_mass, None, None, mask, None, None, law, True, *rules, 0.0)
-    torch.library.opcheck(operator, arguments)
-    arguments = (*leaves, *[None] * 6, seed, law, False, *rules, 0.5)
-    torch.library.opcheck(operator, arguments)
+    rest = (mask, None, None, law, True, *rules, 0.0, None, False)
+    torch.library.opcheck(operator, (*leaves, None, key_mass, None, None, None, *rest))
+    rest = (*[None] * 7, seed, law, False, *rules, 0.5, None, False)
+    torch.library.opcheck(operator, (*leaves, *rest))
+    sink = torch.randn(2, 4, 5).double().requires_grad_()
+    rest = (*[None] * 4, sink, None, None, None, law, True, *rules, 0.0, 2.0, False)
+    torch.library.opcheck(operator, (*leaves, *rest))
 
 
 @pytest.mark.parametrize("queries", [1, 16])

@@ -227,11 +227,11 @@ def test_opcheck_of_the_terms():
     leaves = [x.detach().requires_grad_() for x in tensors]
     operator = torch.ops.gravity_hf.attention.default
     ranges = padding_ranges(2, 6, "left")
-    rules = ("force", True, 3, True, "hard", 2.0, 1.5, 0.0)
-    torch.library.opcheck(operator, (*leaves, None, None, ranges, None, *rules))
+    rules = ("force", True, 3, True, "hard", 2.0, 1.5, 0.0, None, False)
+    torch.library.opcheck(operator, (*leaves, None, None, None, ranges, None, *rules))
     table = make_inputs(queries=5, keys=6, table=True)["inverse_distance"].requires_grad_()
-    rules = ("force", False, None, False, None, 1.0, None, 0.5)
-    arguments = (None, None, *leaves[2:4], None, None, None, None, table, None, None)
+    rules = ("force", False, None, False, None, 1.0, None, 0.5, None, False)
+    arguments = (None, None, *leaves[2:4], None, None, None, None, table, None, None, None)
     torch.library.opcheck(operator, (*arguments, torch.tensor([3]), *rules))
 
 

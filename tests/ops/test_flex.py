@@ -74,6 +74,8 @@ def test_leaves_that_require_grad_are_served_without_grad():
         ({"cutoff": Cutoff(torch.ones(4), "log")}, "no cutoff"),
         ({"max_force": 2.0}, "no max_force"),
         ({"inverse_distance": torch.ones(9, 11), "q": None, "k": None}, "no inverse_distance"),
+        ({"softcap": 5.0}, "no softcap"),
+        ({"sinks": torch.ones(4)}, "no sinks"),
         ({"window": 3}, "no window"),
         ({"key_ranges": torch.ones(1, 1, 2).int()}, "no key_ranges"),
         ({"exclude_self": True}, "no exclude_self"),

@@ -181,7 +181,7 @@ def operator_arguments(inputs, *, save, law="force", **options):
     tensors = {**inputs, "strength": inputs["mass"].square()}
     names = (
         "q", "k", "v", "strength", "eps", "key_radius_sq", "query_mass", "key_mass", "head_bias",
-        "radius", "inverse_distance",
+        "radius", "inverse_distance", "sink",
     )  # fmt: skip
     leaves = [tensors.get(name) for name in names]
     if save:
@@ -330,6 +330,10 @@ def test_refusals_name_the_reason():
     mask = torch.zeros(9, 11, device=DEVICE, requires_grad=True)
     with pytest.raises(ValueError, match="the float mask requires a gradient"):
         run(gravity_attention, cast(inputs, torch.float32), mask=mask, impl="triton")
+    with pytest.raises(ValueError, match="cannot serve this call: softcap needs the neutral score"):
+        run(gravity_attention, cast(inputs, torch.float32), softcap=5.0, impl="triton")
+    with pytest.raises(ValueError, match="softcap: expected None"):
+        run(gravity_attention_triton, cast(inputs, torch.float32), softcap=5.0)
     assert triton_refusal(torch.device(DEVICE), torch.float16) is None
     assert "512 wide" in triton_refusal(torch.device(DEVICE), torch.float16, width=512)
 

@@ -109,6 +109,7 @@ def plain_in_dtype(
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    sinks: Tensor | None = None,
     mask: None = None,
 ) -> Tensor:
     """The peer in half precision: scores in float32, and what every fused kernel rounds rounded to
@@ -123,6 +124,11 @@ def plain_in_dtype(
     seen = visible_keys(q.shape[2], k.shape[2], causal=causal, device=q.device)
     if seen is not None:
         score = score.masked_fill(~seen, -float("inf"))
+    if sinks is not None:
+        origin_sq = squared_distance(q, torch.zeros_like(k[:, :, :1]), key_radius_sq)
+        sink = gravity_score(origin_sq, mass, eps, law) + sinks[:, None, None]
+        score = torch.cat([score, sink], -1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     return _FusedSoftmax.apply(score, v, dtype)
 
 

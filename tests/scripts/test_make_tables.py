@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gravity_hf.integration.support_table import SupportRecord, SupportTable
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -128,3 +130,13 @@ def test_cpu_cost_reads_the_benchmark_of_a_cpu(tables, tmp_path):
     (tmp_path / "kernels_table.csv").rename(tmp_path / "cpu_float32.csv")
     (tmp_path / "kernels_table.json").rename(tmp_path / "cpu_float32.json")
     assert "| gravity, chunked, force | 196 ms | 15 MiB | – | – |" in tables.cpu_cost(tmp_path)
+
+
+def test_support_shows_every_category_and_where_it_was_examined(tables):
+    versions = {"transformers": "5.24.0", "torch": "2.13.0", "python": "3.11.7"}
+    record = SupportRecord("qwen2", "causal LM", "Qwen2ForCausalLM", "refused", "a reason")
+    lines = tables.support(SupportTable(versions, "2026-11-26", "012", {"qwen2": record}))
+    lines = lines.splitlines()
+    assert lines[0].startswith("| kind of model | model types | built |")
+    assert lines[2] == "| causal LM | 1 | 1 | 0 | 0 | 0 | 0 | 1 | 0 | 0 |"
+    assert lines[-1] == "transformers 5.24.0, torch 2.13.0, commit 012, 2026-11-26."

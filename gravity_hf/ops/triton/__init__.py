@@ -19,10 +19,15 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton builds a small launcher for each kernel.
 _HAS_COMPILER = any([os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")])
 _OLDEST = (8, 0)
+_SOFTCAP = "softcap needs the neutral score of each pair, which the kernels do not compute"
 
 
 def triton_refusal(
-    device: torch.device, dtype: torch.dtype, mask: Tensor | None = None, width: int = 0
+    device: torch.device,
+    dtype: torch.dtype,
+    mask: Tensor | None = None,
+    width: int = 0,
+    softcap: float | None = None,
 ) -> str | None:
     """Why the kernels cannot serve a call, as a clause; None where they can. `width`: the larger of
     D and Dv."""
@@ -38,6 +43,8 @@ def triton_refusal(
         return "the dtype is torch.float64, and the kernels compute in float32"
     if not fits(dtype, width, device):
         return f"no tile of heads {width} wide in {dtype} fits its memory"
+    if softcap is not None:
+        return _SOFTCAP
     if mask is not None and mask.requires_grad:
         return "the float mask requires a gradient, which the kernels do not compute"
     return None
@@ -57,7 +64,11 @@ def _device_refusal(device: torch.device) -> str | None:
 
 
 def gravity_attention_triton(*tensors: Any, **options: Any) -> Tensor:
-    """See `attention.gravity_attention_triton`."""
+    """See `attention.gravity_attention_triton`. Refuses `softcap`."""
+    if options.pop("softcap", None) is not None:
+        raise ValueError(
+            f"gravity_attention_triton: softcap: expected None, as {_SOFTCAP}. Use impl='chunked'"
+        )
     from .attention import gravity_attention_triton as implementation
 
     return implementation(*tensors, **options)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .op import attention
+from .sinks import sink_scores
 
 
 def gravity_attention_triton(
@@ -26,6 +27,7 @@ def gravity_attention_triton(
     cutoff: Any = None,
     max_force: float | None = None,
     inverse_distance: Tensor | None = None,
+    sinks: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
@@ -49,6 +51,9 @@ def gravity_attention_triton(
     if key_mass is not None:
         key_mass = key_mass.float()
         key_term = (key_mass.log() if law == "power" else key_mass).contiguous()
+    sink = None
+    if sinks is not None:
+        sink = sink_scores(q, strength, eps, law, key_radius_sq, sinks, v.shape[1])
     # Drawn on the device, from torch's own generator: manual_seed, checkpointing's replay and
     # captured graphs all reach the dropout.
     seed = torch.randint(2**62, (1,), device=v.device) if dropout_p > 0 else None
@@ -64,6 +69,7 @@ def gravity_attention_triton(
         head_bias,
         None if cutoff is None else cutoff.radius.float().contiguous(),
         table,
+        sink,
         mask,
         None if key_ranges is None else key_ranges.contiguous(),
         seed,

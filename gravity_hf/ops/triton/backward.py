@@ -40,6 +40,7 @@ class Gradients(NamedTuple):
     head_bias: Tensor | None
     radius: Tensor | None
     table: Tensor | None
+    sink: Tensor | None
 
 
 def backward(
@@ -49,18 +50,18 @@ def backward(
     grad: Tensor,
     sums: int,
 ) -> Gradients:
-    """Gradients of q, k, v and key_term (`sums` 0), of all but eps and key_radius_sq (1), or
+    """Gradients of q, k, v, key_term and sink (`sums` 0), of all but eps and key_radius_sq (1), or
     of everything (2). `saved`: see `forward.forward`.
     """
     inputs = gather_inputs(problem, out, saved, grad)
-    grad_q, row_sums = query_gradients(problem, inputs, sums)
+    grad_q, row_sums, grad_sink = query_gradients(problem, inputs, sums)
     grad_k, grad_v, grad_key_term = key_gradients(problem, inputs)
     grad_table = (
         table_gradients(problem, inputs) if problem.table is not None and sums > 0 else None
     )
     if sums == 0:
-        empty = [None] * 3
-        return Gradients(grad_q, grad_k, grad_v, None, None, None, None, grad_key_term, *empty)
+        grads = {"q": grad_q, "k": grad_k, "v": grad_v, "key_term": grad_key_term}
+        return Gradients(**{**dict.fromkeys(Gradients._fields), **grads, "sink": grad_sink})
 
     def per_head(plane: int) -> Tensor:
         return row_sums[plane].sum((0, 2))
@@ -84,4 +85,5 @@ def backward(
         head_bias=None if problem.head_bias is None else per_head(BIAS.value),
         radius=grad_radius,
         table=grad_table,
+        sink=grad_sink,
     )

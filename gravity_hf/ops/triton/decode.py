@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import interpreted
-from .score import LOG2E, logarithm, power_of_two, product, reciprocal
+from .score import LOG2E, add_sink, logarithm, power_of_two, product, reciprocal
 
 MAX_QUERIES = 16
 MAX_ROWS = 64
@@ -57,6 +57,7 @@ def decode_attention(
     causal: bool = False,
     window: int | None = None,
     key_ranges: Tensor | None = None,
+    sink: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> Tensor:
     """`softmax_j(score_ij) v_j` for few queries, without gradient; see `..api.gravity_attention`.
@@ -68,6 +69,7 @@ def decode_attention(
         key_term: `[B, H, Tk]`, `b_j` (law "force") or `ln b_j` (law "power").
         mask, causal, window, key_ranges: which keys a row sees. Keys outside of all `key_ranges`,
             the window and the triangle are not read, so a static cache costs what is in it.
+        sink: the score of the row's sink, `[B, H, Tq]` in float32.
         tiling: overrides `choose_tiling`.
 
     Returns:
@@ -106,7 +108,7 @@ def decode_attention(
             q, k, v, partial, stats,
             strength.contiguous(), eps.contiguous(),
             None if key_radius_sq is None else key_radius_sq.contiguous(),
-            query_mass, key_term, mask, key_ranges,
+            query_mass, key_term, mask, key_ranges, None if merged else sink,
             *q.stride(), *k.stride(), *v.stride(),
             *_strides(query_mass, 3), *_strides(key_term, 3),
             *_strides(mask, 4), *_strides(key_ranges, 3),
@@ -123,9 +125,9 @@ def decode_attention(
         )  # fmt: skip
         if merged:
             _merge_kernel[(tiles * rows,)](
-                partial, stats, out, tiling.splits,
+                partial, stats, sink, out, tiling.splits,
                 ROWS=rows, VALUE_WIDTH=value_width, BLOCK_VALUE_WIDTH=_padded(value_width),
-                num_warps=4,
+                NATIVE=not interpreted(), num_warps=4,
             )  # fmt: skip
     return out
 
@@ -251,6 +253,7 @@ def _visible_range(
 )  # fmt: skip
 def _decode_kernel(
     q, k, v, partial, stats, strength, eps, key_radius_sq, query_mass, key_term, mask, key_ranges,
+    sink,
     stride_qb, stride_qh, stride_qi, stride_qd,
     stride_kb, stride_kh, stride_kj, stride_kd,
     stride_vb, stride_vh, stride_vj, stride_vd,
@@ -371,6 +374,10 @@ def _decode_kernel(
     column = tl.arange(0, BLOCK_VALUE_WIDTH)[None, :]
     written = real[:, None] & (column < VALUE_WIDTH)
     slot = program.to(tl.int64) * ROWS + row
+    if sink is not None:
+        extra = tl.load(sink + slot, mask=real, other=float("-inf")) * LOG2E
+        maximum, row_total, decay = add_sink(maximum, row_total, extra, NATIVE)
+        sums *= decay[:, None]
     if MERGED:
         tl.store(stats + slot * 2, maximum, mask=real)
         tl.store(stats + slot * 2 + 1, row_total, mask=real)
@@ -381,8 +388,9 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    partial, stats, out, splits,
+    partial, stats, sink, out, splits,
     ROWS: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_VALUE_WIDTH: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One row of the output from its splits, in their order."""
     index = tl.program_id(0).to(tl.int64)
@@ -411,5 +419,8 @@ def _merge_kernel(
         total = total * decay + tl.sum(split_total * factor, 0)
         sums = sums * decay + tl.sum(split_sums * factor[:, None], 0)
         maximum = higher
+    if sink is not None:
+        maximum, total, decay = add_sink(maximum, total, tl.load(sink + index) * LOG2E, NATIVE)
+        sums *= decay
     sums /= tl.where(total == 0.0, 1.0, total)
     tl.store(out + index * VALUE_WIDTH + column, sums, mask=existing)

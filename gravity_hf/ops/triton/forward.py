@@ -18,6 +18,7 @@ from .problem import Problem, aligned, block_of, tiles, vectors
 from .score import (
     EXCLUDED,
     LOG2E,
+    add_sink,
     general_scores,
     kept_weights,
     logarithm,
@@ -173,15 +174,16 @@ def attend_tiles(
 @triton.jit
 def forward_kernel(
     q_desc, k_desc, v_desc, out, saved, strength, eps, key_radius_sq, key_sq, key_sq_max,
-    query_mass, key_term, head_bias, radius, table, table_stride, width, ceiling, ranges, ranges_b,
-    ranges_row, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at, dropout, out_b,
-    out_h, out_row, batches, heads, kv_heads, queries, keys, shift, window, value_width, padded,
-    saved_plane, heads_together, LAW: tl.constexpr, PLAIN: tl.constexpr, BOUNDABLE: tl.constexpr,
-    LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
-    REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
-    DROPOUT: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    query_mass, key_term, head_bias, radius, table, sink, table_stride, width, ceiling, ranges,
+    ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at,
+    dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys, shift, window,
+    value_width, padded, saved_plane, heads_together, LAW: tl.constexpr, PLAIN: tl.constexpr,
+    BOUNDABLE: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
+    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, HAS_SINK: tl.constexpr,
+    SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):
     blocks = tl.cdiv(queries, BLOCK_M)
     block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
@@ -285,6 +287,14 @@ def forward_kernel(
                             EXCLUDE_SELF, DROPOUT, part != 1, code == 1, BLOCK_M, BLOCK_N, BLOCK_D,
                             BLOCK_V, PRECISION, NATIVE,
                         )
+    base = peak
+    if BOUNDABLE:
+        base = tl.where(bounded == 1, offset, peak)
+    if HAS_SINK:
+        # Last, so that weights were rounded relative to the highest key.
+        extra = tl.load(sink + per_row, mask=row_valid, other=-float("inf")) * LOG2E
+        base, total, shrink = add_sink(base, total, extra, NATIVE)
+        acc *= shrink[:, None]
     alive = total > 0
     inverse = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
     acc = acc * inverse[:, None]
@@ -294,9 +304,6 @@ def forward_kernel(
     inside = row_valid[:, None] & (columns[None, :] < value_width)
     tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
     if SAVE:
-        base = peak
-        if BOUNDABLE:
-            base = tl.where(bounded == 1, offset, peak)
         # A row that saw nothing: weights 2^(score - inf) = 0 in the backward.
         value = tl.where(alive, base + tl.log2(tl.where(alive, total, 1.0)), float("inf"))
         # Rows of padding too: what is never written may be NaN, and NaN times 0 is NaN.
@@ -373,6 +380,7 @@ def forward(problem: Problem, saved: Tensor | None, sizes: dict | None = None) -
         key_sq=key_sq,
         key_sq_max=key_sq_max,
         **problem.terms(),
+        **problem.sink_terms(),
         **visibility,
         **problem.sizes(),
         **flags,

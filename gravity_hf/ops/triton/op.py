@@ -1,10 +1,11 @@
 """The kernels as torch knows them: operators with shapes for tracing, and the gradient.
 
 `gravity_hf::triton_attention` takes the fields of `Problem` and `save`, what the backward will
-need: 0 nothing, 1 gradients of q, k, v and key terms, 2 of all terms but eps and radii of keys, 3
-of all. It is opaque to tracers, so it works under `torch.compile(fullgraph=True)`, `torch.export`
-and inside CUDA graphs: nothing in it waits for the device or reads a value from it. Outside tracers
-`attention` goes round it: the dispatcher's way through Python costs a call half a millisecond.
+need: 0 nothing, 1 gradients of q, k, v, key terms and sinks, 2 of all terms but eps and radii of
+keys, 3 of all. It is opaque to tracers, so it works under `torch.compile(fullgraph=True)`,
+`torch.export` and inside CUDA graphs: nothing in it waits for the device or reads a value from it.
+Outside tracers `attention` goes round it: the dispatcher's way through Python costs a call half a
+millisecond.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from .backward import backward
 from .decode import decode_attention, serves_decoding
 from .forward import forward
 from .problem import Problem
+from .sinks import power_unit
 
 _ARGUMENTS = (
     "Tensor? q, Tensor? k, Tensor v, Tensor strength, Tensor? eps, Tensor? key_radius_sq, "
     "Tensor? query_mass, Tensor? key_term, Tensor? head_bias, Tensor? radius, Tensor? table, "
-    "Tensor? mask, Tensor? key_ranges, Tensor? seed, str law, bool causal, int window, "
-    "bool exclude_self, bool repulsive, str cutoff, float width, float max_force, float dropout_p, "
-    "int save"
+    "Tensor? sink, Tensor? mask, Tensor? key_ranges, Tensor? seed, str law, bool causal, "
+    "int window, bool exclude_self, bool repulsive, str cutoff, float width, float max_force, "
+    "float dropout_p, int save"
 )
 # Tensors that can have a gradient come first, then the other tensors, then options.
-_DIFFERENTIABLE, _TENSORS, _COUNT = 11, 14, 24
-_STRENGTH, _EPS, _KEY_RADIUS, _KEY_TERM = 3, 4, 5, 7
+_DIFFERENTIABLE, _TENSORS, _COUNT = 12, 15, 25
+_STRENGTH, _EPS, _KEY_RADIUS, _KEY_TERM, _SINK = 3, 4, 5, 7, 11
 
 torch.library.define("gravity_hf::triton_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -42,7 +44,7 @@ torch.library.define(
 
 def _needed_level(position: int) -> int:
     """The `save` at which the tensor at a position gets a gradient."""
-    if position < _STRENGTH or position == _KEY_TERM:
+    if position < _STRENGTH or position in (_KEY_TERM, _SINK):
         return 1
     return 3 if position in (_EPS, _KEY_RADIUS) else 2
 
@@ -84,6 +86,11 @@ def _decodes(problem: Problem) -> bool:
 
 def _decode(problem: Problem) -> Tensor:
     """Laid out in memory as `forward` does, `[B, Tq, H, Dv]`."""
+    sink = problem.sink
+    if sink is not None and problem.law == "power":
+        # Its distances have no unit.
+        unit = power_unit(problem.eps, problem.width_k)
+        sink = sink - (problem.strength * unit.log())[:, None]
     out = decode_attention(
         problem.q,
         problem.k,
@@ -98,6 +105,7 @@ def _decode(problem: Problem) -> Tensor:
         causal=problem.causal,
         window=problem.window or None,
         key_ranges=problem.key_ranges,
+        sink=sink,
     )
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 

@@ -27,9 +27,9 @@ class Problem:
 
     q: `[B, H, Tq, D]`, k `[B, N, Tk, D]`, absent with a table. v: `[B, N, Tk, Dv]`. strength: `M^2`
     `[H]`, eps `[H]`, key_radius_sq `[N]`, query_mass `[B, H, Tq]`, key_term `[B, H, Tk]` (factor of
-    the force, summand under the power law), head_bias `[H]`, radius `[H]`, table `[Tq, Tk]`: all
-    float32 and contiguous. mask: bool or float, at most 4 dimensions. key_ranges: int32
-    `[B|1, Tq|1, 2]`. seed: int64 `[1]`.
+    the force, summand under the power law), head_bias `[H]`, radius `[H]`, table `[Tq, Tk]`, sink
+    `[B, H, Tq]` (`sinks.sink_scores`; only where `plain`): all float32 and contiguous. mask: bool
+    or float, at most 4 dimensions. key_ranges: int32 `[B|1, Tq|1, 2]`. seed: int64 `[1]`.
     """
 
     q: Tensor | None
@@ -43,6 +43,7 @@ class Problem:
     head_bias: Tensor | None
     radius: Tensor | None
     table: Tensor | None
+    sink: Tensor | None
     mask: Tensor | None
     key_ranges: Tensor | None
     seed: Tensor | None
@@ -188,6 +189,11 @@ class Problem:
             "width": self.width,
             "ceiling": self.max_force,
         }
+
+    def sink_terms(self) -> dict[str, Any]:
+        """For the kernels that add up rows."""
+        present = self.sink is not None
+        return {"sink": self.sink if present else self.strength, "HAS_SINK": present}
 
     def sizes(self) -> dict[str, int]:
         return {

@@ -27,7 +27,9 @@ from .problem import (
 )
 from .score import (
     LN2,
+    LOG2E,
     kept_weights,
+    power_of_two,
     product,
     scaled_sum,
     unit_of,
@@ -152,16 +154,17 @@ def attend_keys(
 @triton.jit
 def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, key_sq, saved, delta_at, grad_query, sums, strength, eps,
-    key_radius_sq, query_mass, key_term, head_bias, radius, table, table_stride, width, ceiling,
-    ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at,
-    dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys, shift, window,
-    head_width, padded, sums_plane, saved_plane, heads_together, LAW: tl.constexpr,
+    key_radius_sq, query_mass, key_term, head_bias, radius, table, sink, grad_sink, table_stride,
+    width, ceiling, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column,
+    mask_lowest, seed_at, dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys,
+    shift, window, head_width, padded, sums_plane, saved_plane, heads_together, LAW: tl.constexpr,
     PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
     HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
     CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, HAS_SINK: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     blocks = tl.cdiv(queries, BLOCK_M)
     block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
@@ -261,6 +264,18 @@ def query_kernel(
         at = at + rows[:, None].to(tl.int64) * out_row + columns[None, :]
         inside = row_valid[:, None] & (columns[None, :] < head_width)
         tl.store(at, grad_q.to(grad_query.dtype.element_ty), mask=inside)
+    if HAS_SINK:
+        at = batch_head.to(tl.int64) * queries + rows
+        exponent = tl.load(sink + at, mask=row_valid, other=-float("inf")) * LOG2E - lse
+        if EXACT:
+            exponent += tl.load(saved + saved_plane + per_row, mask=row_valid, other=0.0)
+        sink_weight = power_of_two(exponent, NATIVE)
+        # c of all keys and the sink adds up to 0, but for the rounding of delta: what is left.
+        weight_sum -= sink_weight * delta
+        exact_delta = delta
+        if SUMS > 0 and PLAIN:
+            exact_delta += weight_sum
+        tl.store(grad_sink + at, -sink_weight * exact_delta, mask=row_valid)
     if SUMS > 0:
         at = sums + batch_head.to(tl.int64) * queries + rows
         if PLAIN:
@@ -292,13 +307,13 @@ def query_kernel(
 
 def query_gradients(
     problem: Problem, inputs: Inputs, sums: int, sizes: dict | None = None
-) -> tuple[Tensor | None, Tensor]:
-    """dL/dq, and the per-row sums `[ROW_SUMS, B, H, Tq]`."""
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """dL/dq, the per-row sums `[ROW_SUMS, B, H, Tq]`, and dL/dsink."""
     v = inputs.v
     shape = (ROW_SUMS if sums > 0 else 0, problem.batch, problem.heads, problem.queries)
     row_sums = torch.empty(shape, dtype=torch.float32, device=v.device)
     if problem.q is None and sums == 0:
-        return None, row_sums
+        return None, row_sums, None
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
     sizes = sizes or query_tiles(v.dtype, max(block_d, block_v), v.device)
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
@@ -312,6 +327,7 @@ def query_gradients(
         k_tiles = tiles(inputs.k, columns, block_d)
         if inputs.norms is not None:
             key_sq = vectors(inputs.norms, columns)
+    grad_sink = None if problem.sink is None else torch.empty_like(problem.sink)
     query_kernel[(triton.cdiv(problem.queries, rows) * problem.batch * problem.heads,)](
         q_tiles,
         k_tiles,
@@ -322,6 +338,7 @@ def query_gradients(
         saved_plane=inputs.saved.stride(0),
         delta_at=inputs.delta,
         grad_query=target,
+        grad_sink=inputs.saved if grad_sink is None else grad_sink,
         sums=row_sums if sums > 0 else inputs.saved,
         out_b=target.stride(0),
         out_h=target.stride(1),
@@ -335,6 +352,7 @@ def query_gradients(
         BLOCK_D=block_d,
         BLOCK_V=block_v,
         **common_arguments(problem),
+        **problem.sink_terms(),
         **sizes,
     )
-    return grad_q, row_sums
+    return grad_q, row_sums, grad_sink

@@ -218,6 +218,17 @@ def general_gradients(
 
 
 @triton.jit
+def add_sink(base, total, sink, NATIVE: tl.constexpr):
+    """The logarithm `base` and the sum `total` of weights `2^(score - base)`, with that of a sink
+    added; and the factor that other sums over these weights need."""
+    highest = tl.maximum(base, sink)
+    # Nothing seen and no sink: any finite number will do.
+    origin = tl.where(highest == -float("inf"), 0.0, highest)
+    shrink = power_of_two(base - origin, NATIVE)
+    return highest, total * shrink + power_of_two(sink - origin, NATIVE), shrink
+
+
+@triton.jit
 def kept_weights(seed, dropout, batch_head, rows, columns, queries, keys):
     """Dropout factors of a tile, 0 or `1 / (1 - dropout)`: a function of seed and place alone, so
     that every kernel draws the same."""

@@ -1,0 +1,214 @@
+"""What the sweep over all of transformers' model types found, as data: `support.json`.
+
+Written by `scripts/make_support_table.py`, which builds every model type small and examines it; the
+words in which it judges are defined here, so that who writes and who reads agree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .sites import memoised
+
+SUPPORT_FILE = Path(__file__).with_name("support.json")
+
+# Name of a promise -> what keeping it means.
+PROMISES = {
+    "patched": "patch_with_gravity takes the model",
+    "reached": "a forward pass calls gravity",
+    "correct": "every call agrees with the float64 reference on the same q, k, v and mask",
+    "differs": "the output is not the host's: gravity really ran",
+    "backward": "gradients are finite, those of the masses are the float64 reference's",
+    "cached": "greedy generation with a cache is the one without",
+    "reloaded": "saved and loaded it is the same class with the same output",
+    "unpatched": "unpatch_gravity gives the host back bit for bit",
+    "calibrated": "at softness 16 the output's cosine to the host's is at least 0.99 in every row",
+    "converges": "more softness halves what is left of the distance to the host: no term is lost",
+}
+
+# Status of a model type -> what it means.
+STATUSES = {
+    "passes": "keeps every promise that applies to it",
+    "partly": "runs gravity and breaks a named promise",
+    "refused": "refused by name before anything is changed",
+    "no routed attention": "computes attention on its own or has none; refused by name",
+    "not built": "no small model could be made from its config",
+    "no inputs": "no inputs were found that the host itself runs on",
+    "no result": "the examination took too long or ended the process",
+}
+
+CATEGORIES = (
+    "causal LM",
+    "multimodal",
+    "encoder-decoder",
+    "text encoder",
+    "vision",
+    "audio",
+    "other",
+)
+
+PASSED = "passed"
+# First words of every other outcome; a colon and the reason follow.
+WRONG, RAISED, NOT_APPLICABLE = "wrong", "raised", "not applicable"
+
+
+@dataclass(frozen=True)
+class SupportRecord:
+    """What is known about one model type.
+
+    Attributes:
+        model_type: as in `config.json` of the host.
+        category: one of `CATEGORIES`.
+        model: the class that was examined; "" where none was built.
+        status: one of `STATUSES`.
+        reason: why not `"passes"`; "" there.
+        promises: name -> outcome, one per name in `PROMISES` where the model was patched: "passed",
+            or "wrong: ...", "raised: ..." or "not applicable: ...".
+        reached: attention modules that attended by gravity, layer numbers as `*`.
+        not_reached: attention modules that the inputs did not reach.
+        own_attention: classes of attention modules that compute attention on their own.
+        cosine: lowest cosine of the calibrated model's output to the host's; None if not measured.
+    """
+
+    model_type: str
+    category: str
+    model: str = ""
+    status: str = "not built"
+    reason: str = ""
+    promises: Mapping[str, str] = field(default_factory=dict)
+    reached: tuple[str, ...] = ()
+    not_reached: tuple[str, ...] = ()
+    own_attention: tuple[str, ...] = ()
+    cosine: float | None = None
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """The promises that were tried and not kept."""
+        return {
+            name: outcome
+            for name, outcome in self.promises.items()
+            if outcome.startswith((WRONG, RAISED))
+        }
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The promises that were tried and kept."""
+        return tuple(name for name, outcome in self.promises.items() if outcome == PASSED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without empty fields and without the promises that passed."""
+        content = asdict(self)
+        content["promises"] = {n: o for n, o in self.promises.items() if o != PASSED}
+        content["examined"] = True if self.promises else None
+        return {key: value for key, value in content.items() if value not in ("", {}, (), None)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> SupportRecord:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown field, promise or status.
+        """
+        values = dict(content)
+        examined = values.pop("examined", False)
+        unknown = set(values) - {f.name for f in fields(cls)}
+        unknown |= set(values.get("promises", ())) - set(PROMISES)
+        if unknown or values.get("status") not in STATUSES:
+            raise ValueError(
+                f"support record of {values.get('model_type')!r}: expected the fields of "
+                f"SupportRecord and a status of {list(STATUSES)}, got {sorted(unknown)} and "
+                f"{values.get('status')!r}. Write the table again: scripts/make_support_table.py"
+            )
+        others = values.pop("promises", {})
+        promises = {name: others.get(name, PASSED) for name in PROMISES} if examined else {}
+        for name in ("reached", "not_reached", "own_attention"):
+            values[name] = tuple(values.get(name, ()))
+        return cls(promises=promises, **values)
+
+
+@dataclass(frozen=True)
+class SupportTable:
+    """`versions` of transformers, torch and python, the `date` and the `commit` at which the model
+    types were examined, and one record of each by its model type."""
+
+    versions: Mapping[str, str]
+    date: str
+    commit: str
+    records: Mapping[str, SupportRecord]
+
+    def of(self, model_type: str) -> SupportRecord:
+        """The record of a model type.
+
+        Raises:
+            ValueError: this version of transformers does not have it.
+        """
+        if model_type not in self.records:
+            near = difflib.get_close_matches(model_type, self.records, n=3)
+            raise ValueError(
+                f"model type: expected one of transformers {self.versions['transformers']}, got "
+                f"{model_type!r}. {'Near it: ' + ', '.join(near) if near else 'None is near it'}"
+            )
+        return self.records[model_type]
+
+    def by_category(self) -> dict[str, list[SupportRecord]]:
+        """The records of every category that has some, in the order of `CATEGORIES`."""
+        found = {
+            name: [record for record in self.records.values() if record.category == name]
+            for name in CATEGORIES
+        }
+        return {name: records for name, records in found.items() if records}
+
+    def to_json(self) -> str:
+        """One line per model type, so that changes can be read."""
+        head = {"versions": dict(self.versions), "date": self.date, "commit": self.commit}
+        lines = [
+            f"  {json.dumps(name)}: {json.dumps(record.to_dict())}"
+            for name, record in sorted(self.records.items())
+        ]
+        body = ",\n".join(lines)
+        return json.dumps(head, indent=1)[:-2] + ',\n "records": {\n' + body + "\n }\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> SupportTable:
+        """The inverse of `to_json`."""
+        content = json.loads(text)
+        records = {
+            name: SupportRecord.from_dict(record) for name, record in content["records"].items()
+        }
+        return cls(content["versions"], content["date"], content["commit"], records)
+
+
+_NOT_TRIED = ("not built", "no inputs", "no result")
+# Column of the summary -> which records it counts.
+_COUNTED: dict[str, Callable[[SupportRecord], bool]] = {
+    "model types": lambda record: True,
+    "built": lambda record: bool(record.model),
+    "patched": lambda record: "patched" in record.kept,
+    "reached": lambda record: "reached" in record.kept,
+    "pass everything": lambda record: record.status == "passes",
+    "partly": lambda record: record.status == "partly",
+    "refused": lambda record: record.status == "refused",
+    "own or no attention": lambda record: record.status == "no routed attention",
+    "not tried": lambda record: record.status in _NOT_TRIED,
+}
+SUMMARY_HEADERS = ("kind of model", *_COUNTED)
+
+
+def summary(table: SupportTable) -> list[tuple[str, ...]]:
+    """The numbers of every category and of all, as rows under `SUMMARY_HEADERS`."""
+    groups = {**table.by_category(), "all": list(table.records.values())}
+    return [
+        (name, *(str(sum(map(counts, records))) for counts in _COUNTED.values()))
+        for name, records in groups.items()
+    ]
+
+
+@memoised
+def support_table() -> SupportTable:
+    """The table that came with this version of gravity_hf."""
+    return SupportTable.from_json(SUPPORT_FILE.read_text(encoding="utf-8"))
