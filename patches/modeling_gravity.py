@@ -29,6 +29,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
+from transformers.models.auto import modeling_auto
 
 # Not "gravity": that name belongs to the library, which may be imported in the same process.
 ATTENTION_NAME = "gravity_remote"
@@ -358,7 +359,16 @@ def _model_class(host):
         "_keep_in_fp32_modules_strict": keep,
         "__module__": __name__,
     }
+    _list_name(host, name)
     return type(name, (GravityHost, host), body)
+
+
+def _list_name(host, name):
+    # Trainer's label smoothing shifts labels only for classes that it finds in these tables.
+    for auto in vars(modeling_auto).values():
+        mapping = auto._model_mapping if hasattr(auto, "_model_mapping") else None
+        if mapping is not None and mapping.get(host.config_class, None) is host:
+            mapping._model_mapping["gravity_" + host.config_class.model_type] = name
 
 
 def _inherit_weight_conversions(host, name):

@@ -75,8 +75,8 @@ def head_geometry(
     """
     if not seen.queries.any():
         raise ValueError(
-            f"{name}: expected batches in which some query sees some key, got none: their masks hide "
-            "everything from this module"
+            f"{name}: expected batches in which some query sees some key, got none: their "
+            "masks hide everything from this module"
         )
     sums = {key: value.cpu() for key, value in seen.sums.items()}
     longest_key_sq = seen.longest_key_sq.cpu()

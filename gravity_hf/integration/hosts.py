@@ -142,7 +142,7 @@ class GravityHost(_Base):
 
     @classmethod
     def _finalize_model_loading(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
-        found = super()._finalize_model_loading(model, *args, **kwargs)  # type: ignore[misc]
+        found = super()._finalize_model_loading(model, *args, **kwargs)
         if _loads_its_own_way(host_of(cls)):
             model.__dict__[_LOADING_INFO] = {"missing_keys": found.missing_keys}
         return found

@@ -27,7 +27,7 @@ PROMISES = {
     "cached": "greedy generation with a cache is the one without",
     "reloaded": "saved and loaded it is the same class with the same output",
     "unpatched": "unpatch_gravity gives the host back bit for bit",
-    "calibrated": "at softness 16 the output's cosine to the host's is at least 0.99 in every row",
+    "calibrated": "at softness 16 the output's cosine to the host's is at least 0.99",
     "converges": "more softness halves what is left of the distance to the host: no term is lost",
 }
 
@@ -72,7 +72,11 @@ class SupportRecord:
         reached: attention modules that attended by gravity, layer numbers as `*`.
         not_reached: attention modules that the inputs did not reach.
         own_attention: classes of attention modules that compute attention on their own.
-        cosine: lowest cosine of the calibrated model's output to the host's; None if not measured.
+        cosine: lowest cosine of a row (token) of the calibrated model's output to the host's; None
+            if not measured, as the next two.
+        whole_cosine: the same of all rows as one vector, by which "calibrated" is judged.
+        near_rows: share of the rows with a cosine of at least 0.99.
+        notes: what else must be known of promises that were kept.
     """
 
     model_type: str
@@ -85,6 +89,9 @@ class SupportRecord:
     not_reached: tuple[str, ...] = ()
     own_attention: tuple[str, ...] = ()
     cosine: float | None = None
+    whole_cosine: float | None = None
+    near_rows: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def broken(self) -> dict[str, str]:
@@ -126,7 +133,7 @@ class SupportRecord:
             )
         others = values.pop("promises", {})
         promises = {name: others.get(name, PASSED) for name in PROMISES} if examined else {}
-        for name in ("reached", "not_reached", "own_attention"):
+        for name in ("reached", "not_reached", "own_attention", "notes"):
             values[name] = tuple(values.get(name, ()))
         return cls(promises=promises, **values)
 

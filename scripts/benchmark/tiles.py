@@ -80,9 +80,9 @@ def make_problem(options: argparse.Namespace) -> Problem:
     heads = torch.ones(options.heads, device="cuda")
     problem = Problem(
         q=q, k=k, v=v, strength=heads, eps=0.1 * heads, key_radius_sq=None, query_mass=None,
-        key_term=None, head_bias=None, radius=None, table=None, sink=None, mask=None, key_ranges=None,
-        seed=None, law=options.law, causal=True, window=0, exclude_self=False, repulsive=False,
-        cutoff="none", width=1.0, max_force=float("inf"), dropout_p=0.0,
+        key_term=None, head_bias=None, radius=None, table=None, sink=None, mask=None,
+        key_ranges=None, seed=None, law=options.law, causal=True, window=0, exclude_self=False,
+        repulsive=False, cutoff="none", width=1.0, max_force=float("inf"), dropout_p=0.0,
     )  # fmt: skip
     if options.lifted:
         radius_sq = k.float().square().sum(-1).amax((0, 2))

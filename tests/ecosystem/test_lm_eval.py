@@ -68,7 +68,7 @@ def log_likelihood(model: torch.nn.Module, question: str, choice: str) -> float:
 def test_the_command_s_scores_are_those_of_the_model_s_own_logits(
     folder: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     where = ("--tasks", "falls", "--include_path", tasks, "--output_path", tmp_path / "out")
     how = ("--device", "cpu", "--log_samples")
     result = run("lm-eval", "--model_args", f"pretrained={folder}", *where, *how)

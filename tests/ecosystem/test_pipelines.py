@@ -15,7 +15,7 @@ from hosts import tiny_host, tiny_inputs
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 from transformers.models.auto import modeling_auto
 
-from gravity_hf import gravity_status
+from gravity_hf import gravity_status, patch_with_gravity
 from gravity_hf.integration import hosts as gravity_hosts
 from gravity_hf.training.tokenizers import byte_tokenizer
 
@@ -137,3 +137,44 @@ def test_text_written_by_a_pipeline_is_that_of_generate(tmp_path: Path) -> None:
     assert isinstance(model, transformers.Qwen2ForCausalLM)
     assert type(model).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     assert AutoModelForCausalLM._model_mapping[type(model.config)] is type(model)
+
+
+def test_a_pipeline_complains_about_a_gravity_model_of_another_task(complaints: list[str]) -> None:
+    pipeline("text-classification", model=byte_decoder(), tokenizer=byte_tokenizer(), device="cpu")
+    assert any("GravityQwen2ForCausalLM" in line and "not supported" in line for line in complaints)
+
+
+def test_a_speech_model_under_gravity_writes_its_text_and_is_not_read_as_ctc() -> None:
+    """Once the pipeline, which knows such models by the name of their class, took it for CTC."""
+    twos = (
+        "encoder_layers",
+        "decoder_layers",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+    )
+    config = transformers.WhisperConfig(
+        vocab_size=256,
+        d_model=32,
+        num_mel_bins=8,
+        max_source_positions=50,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **dict.fromkeys(twos, 2),
+    )
+    model = patch_with_gravity(transformers.WhisperForConditionalGeneration(config).eval())
+    hearing = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    readers = {"feature_extractor": hearing, "tokenizer": byte_tokenizer()}
+    listener = pipeline("automatic-speech-recognition", model=model, device="cpu", **readers)
+    assert listener.type == "seq2seq"
+    sound = np.random.default_rng(0).normal(size=16000).astype("float32")
+    with counted_calls(model) as calls:
+        heard = listener(sound, generate_kwargs={"max_new_tokens": 3, "num_beams": 1})
+    assert len(set(calls)) == 6  # encoder, decoder and cross attention of two layers each
+    features = hearing(sound, sampling_rate=16000, return_tensors="pt")["input_features"]
+    ids = model.generate(features, max_new_tokens=3, num_beams=1)
+    assert heard["text"] == byte_tokenizer().decode(ids[0], skip_special_tokens=True)

@@ -87,6 +87,19 @@ def test_a_prompt_read_in_chunks_is_the_same_prompt(family, cache):
     assert chunks.calls == whole.calls + 2 * 3
 
 
+def host_can_be_assisted(family: str) -> bool:
+    """In transformers 5.17 windows' masks do not fit the keys of a cache that may be cropped."""
+    # Another assistant than the model itself, so that some guesses are wrong.
+    model, helper = (
+        host(family, attn_implementation="eager", initializer_range=r) for r in (0.2, 0.15)
+    )
+    try:
+        generate(model, inputs_of(family, batch=1), assistant_model=helper)
+    except RuntimeError:
+        return False
+    return True
+
+
 class Forwards:
     """How often a model was run."""
 
@@ -106,6 +119,8 @@ def test_assisted_text_is_the_greedy_text(family, assistant):
     greedy = generate(model, inputs)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
     if assistant != "the prompt":
+        if not host_can_be_assisted(family):
+            pytest.skip(f"this transformers cannot assist a {family}")
         helper = host(family) if assistant == "the host" else gravity_host(family, softness=4.0)
         options = {"assistant_model": helper}
     forwards = Forwards(model)

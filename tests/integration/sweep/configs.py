@@ -21,8 +21,10 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     """A configuration of two layers or so, 64 wide.
 
     Raises:
-        NotBuilt: the configuration class refuses (also its defaults, for some).
+        NotBuilt: the type is unknown, or its class refuses (for some also the defaults).
     """
+    if model_type not in CONFIG_MAPPING:
+        raise NotBuilt("not a model type of this transformers")
     config_class = CONFIG_MAPPING[model_type]
     try:
         return Shrinker(OVERRIDES).tiny(config_class(**DEFAULTS.get(model_type, {})))

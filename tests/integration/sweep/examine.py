@@ -26,8 +26,13 @@ from .outcomes import (
     unless_the_host,
 )
 from .probe import Probe, probing
+from .sight import AttentionOutputs, shows_attention, whole_model
 
 _MODEL_SEED, _INPUTS_SEED = 0, 1
+_BLIND = (
+    "compared at the outputs of the attention modules: the model's own output is the same bit for "
+    "bit also when those of the host are multiplied by -2"
+)
 # What `patch_with_gravity` and a refusing forward pass raise by design.
 _REFUSALS = (TypeError, ValueError, RuntimeError)
 
@@ -52,7 +57,7 @@ def examine_model(model_type: str, model: PreTrainedModel) -> SupportRecord:
         pass  # the refusal is patch_with_gravity's to make
     try:
         inputs = tiny_inputs_of(model, _INPUTS_SEED)
-        checks.output_of(model, inputs)  # some hosts make buffers in their first forward pass
+        whole_model(model, inputs)  # some hosts make buffers in their first forward pass
         host = checks.HostState.of(model, inputs)
     except NoInputs as error:
         return _record(model_type, model, "no inputs", str(error))
@@ -60,7 +65,13 @@ def examine_model(model_type: str, model: PreTrainedModel) -> SupportRecord:
         return _record(model_type, model, "no inputs", f"the host fails: {in_words(error)}")
     if not host.output.isfinite().all():
         return _record(model_type, model, "no inputs", "the host's own output is not finite")
-    return _Examination(model_type, model, inputs, host).record()
+    examination = _Examination(model_type, model, inputs, host)
+    record = examination.record()
+    if not examination.is_blind:
+        return record
+    unpatch_gravity(model)
+    host = checks.HostState.of(model, inputs, AttentionOutputs(examination.reached))
+    return _Examination(model_type, model, inputs, host, (_BLIND,)).record()
 
 
 class _Examination:
@@ -72,11 +83,19 @@ class _Examination:
         model: PreTrainedModel,
         inputs: dict[str, Any],
         host: checks.HostState,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.model_type, self.model, self.inputs, self.host = model_type, model, inputs, host
         self.outcomes: dict[str, Outcome] = {}
         self.probes: dict[str, Probe] = {}
-        self.cosine: float | None = None
+        self.nearness: nearness.Nearness | None = None
+        self.notes = list(notes)
+        self.is_blind = False
+
+    @property
+    def reached(self) -> list[str]:
+        """Names of the attention modules that attended by gravity."""
+        return [name for name, probe in self.probes.items() if probe.calls]
 
     def record(self) -> SupportRecord:
         refusal = self._patch()
@@ -117,8 +136,8 @@ class _Examination:
             return
         try:
             with probing(self.model) as self.probes:
-                checks.output_of(self.model, self.inputs)
-            output = checks.output_of(self.model, self.inputs)
+                whole_model(self.model, self.inputs)
+            output = self.host.sight(self.model, self.inputs, False)
         except Exception as error:  # whatever a model raises is the finding
             self.outcomes["reached"] = raised(error)
             return
@@ -126,6 +145,8 @@ class _Examination:
         if self.outcomes["reached"].passed:
             self.outcomes["correct"] = checks.check_correct(self.probes)
             self.outcomes["differs"] = checks.check_differs(self.host.output, output, self.probes)
+        if self.outcomes.get("differs", OK).failed and self.host.sight is whole_model:
+            self.is_blind = not shows_attention(self.model, self.inputs, self.host.output)
 
     def _while_patched(self) -> None:
         model, inputs = self.model, self.inputs
@@ -149,22 +170,46 @@ class _Examination:
     def _against_the_host(self) -> None:
         """What failed, on the host; then the calibrated model beside it."""
         model, inputs = self.model, self.inputs
-        controls = {"cached": checks.check_cached, "reloaded": checks.check_host_reloaded}
-        for name, check in controls.items():
-            if self.outcomes[name].failed:
-                host = attempt(lambda check=check: check(model, inputs))
-                self.outcomes[name] = unless_the_host(self.outcomes[name], host)
-        reached = [name for name, probe in self.probes.items() if probe.calls]
+        if self.outcomes["cached"].failed:
+            cached = checks.check_host_cached(model, inputs, self.outcomes["cached"])
+            self.outcomes["cached"] = unless_the_host(self.outcomes["cached"], cached)
+        if self.outcomes["reloaded"].failed:
+            reloaded = attempt(lambda: checks.check_host_reloaded(model, inputs))
+            self.outcomes["reloaded"] = unless_the_host(self.outcomes["reloaded"], reloaded)
+        if self.outcomes["backward"].failed:
+            backward = attempt(lambda: checks.check_host_backward(model, inputs))
+            self._backward_without_padding(backward)
+        host = self.host
         try:
-            calibration = nearness.Calibration(model, inputs, self.host.visible_output, reached)
+            calibration = nearness.Calibration(
+                model, inputs, host.visible_output, self.reached, host.sight
+            )
         except Exception as error:  # whatever a model raises is the finding
             self.outcomes["calibrated"] = raised(error)
             return
-        self.cosine = calibration.cosine
-        self.outcomes["calibrated"] = calibration.check_calibrated()
+        self.nearness = calibration.nearness
+        self.outcomes["calibrated"] = attempt(calibration.check_calibrated)
+        self.notes += [calibration.note] if calibration.note else []
         self.outcomes["converges"] = attempt(calibration.check_converges)
         if self.outcomes["converges"].failed:
             self._is_there_one_host()
+
+    def _backward_without_padding(self, host: Outcome) -> None:
+        """Where gradients are endless in the host, too, those of the same tokens without padding
+        count: rows that see no key are zeros, at which a standard deviation has no gradient."""
+        if not (checks.is_endless(self.outcomes["backward"]) and checks.is_endless(host)):
+            return
+        unpadded = checks.without_padding(self.inputs)
+        patch_with_gravity(self.model)
+        again = attempt(lambda: checks.check_backward(self.model, unpadded))
+        unpatch_gravity(self.model)
+        if again.passed:
+            self.outcomes["backward"] = OK
+            self.notes.append(
+                f"backward: without padding; with it, in the host, too, {host.reason}"
+            )
+        else:
+            self.outcomes["backward"] = unless_the_host(self.outcomes["backward"], host)
 
     def _is_there_one_host(self) -> None:
         model, inputs, host = self.model, self.inputs, self.host
@@ -173,17 +218,21 @@ class _Examination:
             self.outcomes[name] = unless_the_host(self.outcomes[name], agrees)
 
     def _finished(self, status: str, reason: str) -> SupportRecord:
-        reached = [name for name, probe in self.probes.items() if probe.calls]
-        rest = [name for name in self.probes if name not in reached]
+        rest = [name for name in self.probes if name not in self.reached]
+        near = {} if self.nearness is None else self.nearness._asdict()
+        near = {name: round(value, 6) for name, value in near.items()}
         return _record(
             self.model_type,
             self.model,
             status,
             reason,
             promises={name: str(self.outcomes[name]) for name in PROMISES if name in self.outcomes},
-            reached=collapsed(reached),
+            reached=collapsed(self.reached),
             not_reached=collapsed(rest),
-            cosine=None if self.cosine is None else round(self.cosine, 6),
+            cosine=near.get("lowest"),
+            whole_cosine=near.get("whole"),
+            near_rows=near.get("near_rows"),
+            notes=tuple(self.notes),
         )
 
 

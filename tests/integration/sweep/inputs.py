@@ -125,7 +125,8 @@ def main_output(output: Any, inputs: Inputs | None = None) -> Tensor:
     return torch.cat([t.flatten(1) for t in found if t.shape[0] == found[0].shape[0]], 1)
 
 
-_HIDDEN = "last_hidden_state"
+# The second: of composites whose other states are those of towers without attention.
+_HIDDEN = ("last_hidden_state", "transformer_decoder_last_hidden_state")
 _HEADS = ("logits", "prediction_logits", "reconstruction", "predicted_depth", "pred_masks")
 
 
@@ -133,7 +134,7 @@ def _main_tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     fields = _fields(output)
-    for name in (_HIDDEN, *_HEADS):
+    for name in (*_HIDDEN, *_HEADS):
         if isinstance(value := fields.get(name), Tensor):
             return [value]
     parts = [v for v in fields.values() if isinstance(v, dict) and v]

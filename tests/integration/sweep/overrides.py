@@ -119,6 +119,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "maskformer": {"backbone_config": {"model_type": "swin", "out_indices": [1, 2, 3, 4]}},
     "maskformer-swin": _WINDOWS,
     "mimi": _CODEC,
+    "mimi_decoder": _CODEC,
+    "mimi_encoder": _CODEC,
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "muse_spark_audio": {"num_hidden_layers": 4},
@@ -163,6 +165,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]],
     },
     "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "sam3_lite_text_text_model": {"num_hidden_layers": 4},
     "sam_hq_vision_model": {"num_pos_feats": 32},
     "sam_vision_model": {"num_pos_feats": 32},
     "sapiens2_head": {
@@ -189,6 +192,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vitmatte": {"fusion_hidden_sizes": [16, 16, 16, 16]},
     "vits": {"flow_size": 64},
     "xcodec2": {"quantization_dim": 128, "encoder_hidden_size": 4},
+    "wavtokenizer": _CODEC,
+    "wavtokenizer_encoder": _CODEC,
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zoedepth": {"bottleneck_features": 64},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from gravity_hf.ops.reference import gravity_attention_reference, split_mask
 
 # An implementation may err this many times as much as the float32 reference does.
 FACTOR = 4.0
+# How many neighbours of its inputs say how well a gradient is conditioned.
+JITTERS = 2
 
 
 class Probe:
@@ -51,14 +54,22 @@ class Probe:
             self.detached = True
         return output, weights
 
-    def mass_gradient(self, dtype: torch.dtype) -> Tensor:
-        """The reference's gradient of `mass_log`, from the gradients that reached the outputs."""
+    def mass_gradient(self, dtype: torch.dtype, jitter: int | None = None) -> Tensor:
+        """The reference's gradient of `mass_log`, from the gradients that reached the outputs.
+
+        With `jitter`, a seed, it is that of neighbours: inputs and gradients moved at random by one
+        rounding of float32 at most. The gradient is a sum in which far more may cancel than is
+        left; by how much the neighbours differ is what no float32 arithmetic can know.
+        """
         mass_log = self._kept[0][0].module.gravity.mass_log
         total = torch.zeros_like(mass_log, dtype=torch.float64)
         for index, gradient in self._gradients.items():
-            call = self._kept[index][0]
+            call, gradient = self._kept[index][0], gradient.to(dtype)
+            if jitter is not None:
+                generator = torch.Generator().manual_seed(jitter)
+                call, gradient = _neighbour(call, generator), _moved(gradient, generator)
             output = expected(call, call.module.gravity(), dtype)
-            (term,) = torch.autograd.grad((output * gradient.to(dtype)).sum(), mass_log)
+            (term,) = torch.autograd.grad((output * gradient).sum(), mass_log)
             total += term.double()
         return total
 
@@ -108,16 +119,27 @@ def expected(call: AttentionCall, terms: GravityTerms, dtype: torch.dtype) -> Te
     return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
 
 
-def in_budgets(actual: Tensor, exact: Tensor, rounded: Tensor) -> float:
+def _neighbour(call: AttentionCall, generator: torch.Generator) -> AttentionCall:
+    q, k, v = (_moved(x.detach().double(), generator) for x in (call.query, call.key, call.value))
+    return dataclasses.replace(call, query=q, key=k, value=v)
+
+
+def _moved(exact: Tensor, generator: torch.Generator) -> Tensor:
+    noise = 2.0 * torch.rand(exact.shape, generator=generator, dtype=exact.dtype) - 1.0
+    return exact * (1.0 + 0.5 * torch.finfo(torch.float32).eps * noise)
+
+
+def in_budgets(actual: Tensor, exact: Tensor, rounded: Tensor, *nearby: Tensor) -> float:
     """The error of `actual` in units of its budget: `FACTOR` times the error of the same formula in
-    float32, plus one rounding unit."""
+    float32, or what it moves by under rounded inputs (`nearby`), plus one rounding unit."""
     if not exact.numel():
         return 0.0
     if actual.shape != exact.shape or not actual.isfinite().all():
         return float("inf")
     exact = exact.double()
     unit = torch.finfo(torch.float32).eps * exact.abs().max()
-    budget = FACTOR * ((rounded.double() - exact).abs().max() + unit)
+    errors = [(other.double() - exact).abs().max() for other in (rounded, *nearby)]
+    budget = FACTOR * (max(errors) + unit)
     error = (actual.double() - exact).abs().max()
     return 0.0 if error == 0 else (error / budget).item()
 

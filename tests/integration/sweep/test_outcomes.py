@@ -14,6 +14,7 @@ from integration.sweep.outcomes import collapsed, regressions, silent_failures
 from integration.sweep.parts import named_types, part_of
 from integration.sweep.probe import in_budgets, probing
 from integration.sweep.processes import examine_all
+from integration.sweep.sight import whole_model
 
 from gravity_hf import patch_with_gravity
 from gravity_hf.integration import attention
@@ -84,7 +85,7 @@ def test_a_silent_dot_product_is_seen():
     patch_with_gravity(model)
     model.config._attn_implementation_internal = "sdpa"
     with probing(model) as probes:
-        checks.output_of(model, inputs)
+        whole_model(model, inputs)
     assert checks.check_reached(probes).kind == "wrong"
 
 
