@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -89,7 +90,8 @@ class GravityHostConfig:
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()  # type: ignore[misc]
-        if is_native(host_of(type(self))):
+        # In a graph it is asked for its keys only, on every forward of an encoder-decoder.
+        if not torch.compiler.is_compiling() and is_native(host_of(type(self))):
             output["auto_map"] = _auto_map(type(self))
         return output
 
@@ -229,8 +231,8 @@ def gravity_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]
     cls = type(CLASS_PREFIX + host.__name__, (GravityHostConfig, host), body)
     _inherit_weight_conversions(host.model_type, model_type)
     for mapping in _auto_mappings():
-        if host in mapping:
-            value = mapping[host]
+        value = _classes_of(mapping, host)
+        if value is not None:
             models = value if isinstance(value, tuple) else (value,)
             if all(isinstance(m, type) and issubclass(m, PreTrainedModel) for m in models):
                 # A decision model is built around its host, and has a config of another kind.
@@ -242,6 +244,15 @@ def gravity_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]
                 _list_names(mapping, model_type, value)
             mapping.register(cls, value, exist_ok=True)
     return cls
+
+
+def _classes_of(mapping: _LazyAutoMapping, host: type[PreTrainedConfig]) -> Any:
+    """What an Auto class knows of `host`; None for nothing, or for a class that it names and that
+    transformers does not export."""
+    try:
+        return mapping[host]
+    except (KeyError, ValueError):
+        return None
 
 
 def _list_names(

@@ -21,7 +21,7 @@ NO_HEADS = (
 # Configs of towers whose attention inverts the mask it is given (`logical_not`) before it folds it
 # into its position scores: right for a boolean mask, upside down for an additive one, also in
 # transformers' own eager attention.
-BOOLEAN_MASKS = ("nemotron_asr_streaming_encoder", "parakeet_encoder")
+BOOLEAN_MASKS = ("nemotron_asr_streaming_encoder",)
 
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:

@@ -150,7 +150,12 @@ def choose_implementation(
     `"chunked"` instead: empty ones, and for flex those that it refuses (gradients, dropout and most
     terms), those with a mask tensor, and those inside `torch.compile`, where flex would be a
     compiler in a compiler.
+
+    Inside `torch.export`, which `torch.onnx.export` uses too, it is `"reference"`: plain
+    arithmetic, so that the program runs without this library and can be translated.
     """
+    if torch.compiler.is_exporting():
+        return "reference"
     width = max(v.shape[3], 0 if q is None else q.shape[3])
     name, _ = _explain(v.device, v.dtype, options["mask"], width, options["softcap"])
     if v.numel() == 0 or (q is not None and q.numel() == 0):

@@ -1,4 +1,8 @@
-"""What `gravity_attention` refuses, before anything is computed. Reads shapes and dtypes only."""
+"""What `gravity_attention` refuses, before anything is computed. Reads shapes and dtypes only.
+
+Lengths are put into words where a call is refused and nowhere else: to write a symbolic length of a
+compiled graph would bind the graph to its value.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +80,11 @@ def _check_vectors(
     batch, heads, queries, width = q.shape
     _, kv_heads, keys, _ = k.shape
     fits = k.shape[0] == batch and k.shape[3] == width and heads % kv_heads == 0
-    _expect(fits, "k", f"[{batch}, a divisor of {heads}, Tk, {width}]", tuple(k.shape))
+    if not fits:
+        _refuse("k", f"[{batch}, a divisor of {heads}, Tk, {width}]", tuple(k.shape))
     fits = v.shape[:3] == k.shape[:3]
-    _expect(fits, "v", f"[{batch}, {kv_heads}, {keys}, Dv]", tuple(v.shape))
+    if not fits:
+        _refuse("v", f"[{batch}, {kv_heads}, {keys}, Dv]", tuple(v.shape))
     _expect(mass.shape == (heads,), "mass", f"[{heads}]", tuple(mass.shape))
     if isinstance(eps, Tensor):
         _expect(eps.shape == (heads,), "eps", f"a number or [H] = [{heads}]", tuple(eps.shape))
@@ -99,8 +105,9 @@ def _check_table(
     _expect(fits, "mass", f"[H], H a multiple of v's {kv_heads} heads", tuple(mass.shape))
     table = options["inverse_distance"]
     fits = table.dim() == 2 and table.shape[1] == keys and table.is_floating_point()
-    got = f"{table.dtype} {tuple(table.shape)}"
-    _expect(fits, "inverse_distance", f"a floating [Tq, {keys}]", got)
+    if not fits:
+        got = f"{table.dtype} {tuple(table.shape)}"
+        _refuse("inverse_distance", f"a floating [Tq, {keys}]", got)
     return _Sizes(batch, mass.shape[0], kv_heads, table.shape[0], keys)
 
 
@@ -144,7 +151,8 @@ def _check_host_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
         _expect(sinks.is_floating_point(), "sinks", "a floating dtype", sinks.dtype)
         full = (sizes.batch, sizes.heads, sizes.queries)
         fits = sinks.shape == full[1:2] or sinks.shape == full
-        _expect(fits, "sinks", f"[{sizes.heads}] or {list(full)}", tuple(sinks.shape))
+        if not fits:
+            _refuse("sinks", f"[{sizes.heads}] or {list(full)}", tuple(sinks.shape))
     for name in ("softcap", "sinks"):
         if options[name] is not None:
             others = [other for other in _WITHOUT_HOST_TERMS if _given(options, other)]
@@ -163,7 +171,8 @@ def _check_visible(sizes: _Sizes, options: Mapping[str, Any], cu_seqlens: Tensor
         tail = full[len(full) - mask.dim() :]
         pairs = zip(mask.shape, tail, strict=True)
         fits = mask.dim() <= 4 and all(m == 1 or m == f for m, f in pairs)
-        _expect(fits, "mask", f"broadcastable to {full}", tuple(mask.shape))
+        if not fits:
+            _refuse("mask", f"broadcastable to {full}", tuple(mask.shape))
     if window is not None:
         fits = isinstance(window, int) and not isinstance(window, bool) and window >= 1
         _expect(fits, "window", "a number of keys, an integer >= 1", window)
@@ -171,17 +180,19 @@ def _check_visible(sizes: _Sizes, options: Mapping[str, Any], cu_seqlens: Tensor
         one = ranges.dtype == torch.int32 and ranges.dim() == 3 and ranges.shape[2] == 2
         fits = one and (ranges.shape[0] == 1 or ranges.shape[0] == batch)
         fits = fits and (ranges.shape[1] == 1 or ranges.shape[1] == queries)
-        got = f"{ranges.dtype} {tuple(ranges.shape)}"
-        _expect(fits, "key_ranges", f"int32 [1 or {batch}, 1 or {queries}, 2]", got)
+        if not fits:
+            got = f"{ranges.dtype} {tuple(ranges.shape)}"
+            _refuse("key_ranges", f"int32 [1 or {batch}, 1 or {queries}, 2]", got)
     if cu_seqlens is not None:
         fits = cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1
         fits = fits and cu_seqlens.shape[0] > 0
-        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        _expect(fits, "cu_seqlens", "int32 [documents + 1]", got)
+        if not fits:
+            got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            _refuse("cu_seqlens", "int32 [documents + 1]", got)
         _expect(ranges is None, "cu_seqlens", "no key_ranges beside it", "both: give one of them")
-        fits = batch == 1 and queries == keys
-        got = f"B = {batch}, Tq = {queries}, Tk = {keys}: use key_ranges there"
-        _expect(fits, "cu_seqlens", "B = 1 and Tq = Tk (documents packed into one row)", got)
+        if batch != 1 or queries != keys:
+            got = f"B = {batch}, Tq = {queries}, Tk = {keys}: use key_ranges there"
+            _refuse("cu_seqlens", "B = 1 and Tq = Tk (documents packed into one row)", got)
 
 
 def _given(options: Mapping[str, Any], name: str) -> bool:

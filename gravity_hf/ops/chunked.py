@@ -134,7 +134,8 @@ def _sink_score(softened: Tensor, strength: Tensor, law: str, sinks: Tensor) -> 
 
 def _is_decoding(q: Tensor, k: Tensor, *arguments: object) -> bool:
     """Eager, on real tensors, without gradient, and few queries per key head."""
-    if q.shape[2] * q.shape[1] > DECODE_QUERIES * k.shape[1] or torch.compiler.is_compiling():
+    # In this order: a graph must not compare its symbolic lengths, which would split their range.
+    if torch.compiler.is_compiling() or q.shape[2] * q.shape[1] > DECODE_QUERIES * k.shape[1]:
         return False
     tensors = [x for x in (q, k, *arguments) if isinstance(x, Tensor)]
     plain = all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors)

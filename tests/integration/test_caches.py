@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 from integration.running import (
     WINDOW,
     Run,
@@ -139,9 +140,25 @@ def test_generation_from_a_quantised_cache_is_gravity_on_its_keys():
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_the_text_is_the_same_with_an_offloaded_cache(family, cache):
-    model = gravity_host(family).cuda()
+    """Where transformers' own cache gives the host the same text: in 5.17 the static one races with
+    its prefetching stream, and neither knows models whose layers all have windows."""
     inputs = {name: tensor.cuda() for name, tensor in prompt_of(family).items()}
+    if not _host_is_served(family, inputs, cache):
+        pytest.skip(f"transformers {transformers.__version__} does not serve the host with {cache}")
+    model = gravity_host(family).cuda()
     expected = generate(model, inputs, use_cache=False)
     run = generate(model, inputs, cache_implementation=cache, disable_compile=True)
     assert_same(run, expected)
     assert run.calls == 3 * 12
+
+
+def _host_is_served(family, inputs, cache):
+    plain = host(family).cuda()
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    options |= {"disable_compile": True}
+    expected = plain.generate(**inputs, use_cache=False, **options)
+    try:
+        runs = [plain.generate(**inputs, cache_implementation=cache, **options) for _ in range(20)]
+    except ValueError:
+        return False
+    return all(torch.equal(run, expected) for run in runs)

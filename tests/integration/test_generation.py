@@ -18,6 +18,7 @@ from integration.running import (
     left_padded,
 )
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 CACHES = [{"use_cache": False}, {}, {"cache_implementation": "static"}]
 DECODERS = ["qwen2", "mistral", "gemma3"]
@@ -87,17 +88,13 @@ def test_a_prompt_read_in_chunks_is_the_same_prompt(family, cache):
     assert chunks.calls == whole.calls + 2 * 3
 
 
-def host_can_be_assisted(family: str) -> bool:
-    """In transformers 5.17 windows' masks do not fit the keys of a cache that may be cropped."""
-    # Another assistant than the model itself, so that some guesses are wrong.
-    model, helper = (
-        host(family, attn_implementation="eager", initializer_range=r) for r in (0.2, 0.15)
-    )
-    try:
-        generate(model, inputs_of(family, batch=1), assistant_model=helper)
-    except RuntimeError:
-        return False
-    return True
+def windows_can_be_cropped() -> bool:
+    """transformers 5.17 has more keys than its own mask after two steps that may be taken back."""
+    layer, token = DynamicSlidingWindowLayer(sliding_window=2), torch.zeros(1, 1, 2, 1)
+    layer.activate_past_recording()
+    layer.update(token, token)
+    masked, _ = layer.get_mask_sizes(2)
+    return layer.update(token, token)[0].shape[2] == masked
 
 
 class Forwards:
@@ -119,8 +116,8 @@ def test_assisted_text_is_the_greedy_text(family, assistant):
     greedy = generate(model, inputs)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
     if assistant != "the prompt":
-        if not host_can_be_assisted(family):
-            pytest.skip(f"this transformers cannot assist a {family}")
+        if family != "qwen2" and not windows_can_be_cropped():
+            pytest.skip("this transformers cannot take steps back in a window's cache")
         helper = host(family) if assistant == "the host" else gravity_host(family, softness=4.0)
         options = {"assistant_model": helper}
     forwards = Forwards(model)

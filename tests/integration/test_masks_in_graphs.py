@@ -10,7 +10,7 @@ from hosts import logits, tiny_host, tiny_inputs
 from torch import Tensor
 from transformers import CompileConfig
 
-from gravity_hf import calibrate, patch_with_gravity
+from gravity_hf import GravityConfig, calibrate, patch_with_gravity
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -20,8 +20,8 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def gravity_host(family: str, **overrides: Any) -> torch.nn.Module:
-    model = patch_with_gravity(tiny_host(family, **overrides))
+def gravity_host(family: str, config: GravityConfig | None = None) -> torch.nn.Module:
+    model = patch_with_gravity(tiny_host(family), config)
     calibrate(model, [tiny_inputs(family)])
     return model
 
@@ -157,8 +157,10 @@ def test_a_compiled_step_of_generation_reads_the_filled_part_of_a_static_cache(f
         assert call["mask"] is None and shape(call["key_ranges"]) == expected
 
 
-def test_an_exported_model_gives_what_the_model_gives():
-    model, inputs = gravity_host("qwen2"), inputs_of("left", "qwen2")
+def test_an_exported_operator_is_told_what_a_compiled_one_is():
+    """Unless an implementation is named, what is exported is plain arithmetic: test_export.py."""
+    model = gravity_host("qwen2", GravityConfig(implementation="chunked"))
+    inputs = inputs_of("left", "qwen2")
     expected = logits(model, inputs)
     model.config.use_cache = False
     exported = torch.export.export(model, (), inputs, strict=False)

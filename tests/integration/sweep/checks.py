@@ -109,13 +109,6 @@ def is_endless(outcome: Outcome) -> bool:
     return outcome.failed and outcome.reason.endswith(_ENDLESS)
 
 
-def without_padding(inputs: Inputs) -> Inputs:
-    mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return inputs
-    return {**inputs, "attention_mask": torch.ones_like(mask)}
-
-
 def _not_finite(model: PreTrainedModel) -> str:
     """The first parameter whose gradient is not finite, in words; "" if there is none."""
     for name, parameter in model.named_parameters():
@@ -217,7 +210,7 @@ def _placeholder_tokens(config: Mapping[str, Any]) -> list[int]:
     return sorted(found)
 
 
-_TEXT_TOKENS = ("bos", "eos", "pad", "decoder_start", "sep", "cls", "mask", "unk")
+_TEXT_TOKENS = ("bos", "eos", "pad", "decoder_start", "forced", "sep", "cls", "mask", "unk")
 _NOT_FOR_GENERATE = ("labels", "use_cache", "decoder_input_ids", "decoder_attention_mask")
 
 

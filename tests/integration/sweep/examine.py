@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from gravity_hf import patch_with_gravity, unpatch_gravity
+from gravity_hf.integration.hosts import settings_of
 from gravity_hf.integration.sites import find_attention_sites, find_own_attention
 from gravity_hf.integration.support_table import NOT_APPLICABLE, PROMISES, SupportRecord
 
@@ -67,9 +68,10 @@ def examine_model(model_type: str, model: PreTrainedModel) -> SupportRecord:
         return _record(model_type, model, "no inputs", "the host's own output is not finite")
     examination = _Examination(model_type, model, inputs, host)
     record = examination.record()
-    if not examination.is_blind:
+    if not examination.is_blind or "unpatched" not in record.kept:
         return record
-    unpatch_gravity(model)
+    if settings_of(model) is not None:
+        unpatch_gravity(model)
     host = checks.HostState.of(model, inputs, AttentionOutputs(examination.reached))
     return _Examination(model_type, model, inputs, host, (_BLIND,)).record()
 
@@ -176,9 +178,9 @@ class _Examination:
         if self.outcomes["reloaded"].failed:
             reloaded = attempt(lambda: checks.check_host_reloaded(model, inputs))
             self.outcomes["reloaded"] = unless_the_host(self.outcomes["reloaded"], reloaded)
-        if self.outcomes["backward"].failed:
+        if checks.is_endless(self.outcomes["backward"]):
             backward = attempt(lambda: checks.check_host_backward(model, inputs))
-            self._backward_without_padding(backward)
+            self.outcomes["backward"] = unless_the_host(self.outcomes["backward"], backward)
         host = self.host
         try:
             calibration = nearness.Calibration(
@@ -193,23 +195,6 @@ class _Examination:
         self.outcomes["converges"] = attempt(calibration.check_converges)
         if self.outcomes["converges"].failed:
             self._is_there_one_host()
-
-    def _backward_without_padding(self, host: Outcome) -> None:
-        """Where gradients are endless in the host, too, those of the same tokens without padding
-        count: rows that see no key are zeros, at which a standard deviation has no gradient."""
-        if not (checks.is_endless(self.outcomes["backward"]) and checks.is_endless(host)):
-            return
-        unpadded = checks.without_padding(self.inputs)
-        patch_with_gravity(self.model)
-        again = attempt(lambda: checks.check_backward(self.model, unpadded))
-        unpatch_gravity(self.model)
-        if again.passed:
-            self.outcomes["backward"] = OK
-            self.notes.append(
-                f"backward: without padding; with it, in the host, too, {host.reason}"
-            )
-        else:
-            self.outcomes["backward"] = unless_the_host(self.outcomes["backward"], host)
 
     def _is_there_one_host(self) -> None:
         model, inputs, host = self.model, self.inputs, self.host

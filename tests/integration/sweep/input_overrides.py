@@ -45,6 +45,28 @@ def _jev(scene: Scene) -> Inputs:
     }
 
 
+def _gemma4_assistant(scene: Scene) -> Inputs:
+    """One state, beside the keys and values of the model that it assists, of each kind of layer."""
+    layers = [layer.self_attn for layer in scene.model.model.layers]
+    heads = scene.number("num_attention_heads", room="text")
+    shared = {}
+    for layer in layers:
+        shape = (BATCH, heads // layer.num_key_value_groups, LENGTH, layer.head_dim)
+        shared[layer.layer_type] = scene.normal(*shape), scene.normal(*shape)
+    width = 2 * scene.number("backbone_hidden_size")
+    return {"inputs_embeds": scene.normal(BATCH, 1, width), "shared_kv_states": shared}
+
+
+def _muse_glimmer_assistant(scene: Scene) -> Inputs:
+    """States of the model that it assists, then the block to denoise, which sees all of them."""
+    width, sources = scene.number("hidden_size"), len(scene.config.target_layer_ids)
+    return {
+        "noise_embeds": scene.normal(BATCH, 4, width),
+        "context_hidden_states": scene.normal(BATCH, LENGTH, sources * width),
+        "use_cache": True,  # its masks count the states only where there is a cache
+    }
+
+
 def _xmod(scene: Scene) -> Inputs:
     ids = scene.tokens(BATCH, LENGTH)
     languages = torch.zeros(BATCH, dtype=torch.long)
@@ -73,12 +95,16 @@ OVERRIDES: dict[str, Callable[[Scene], Inputs]] = {
     "csm": input_sounds.csm,
     "decision_transformer": _decision_transformer,
     "dia_decoder": input_sounds.channels_of_tokens,
+    "efficientloftr": input_pictures.pair,
     "florence_vision": input_pictures.image_as_states,
+    "gemma4_assistant": _gemma4_assistant,
+    "gemma4_unified_assistant": _gemma4_assistant,
     "glm_image": input_pictures.glm_image,
     "jev": _jev,
     "molmo2": input_pictures.molmo2,
     "molmo2_adapter": input_pictures.molmo2_adapter,
     "moshi_depth": input_sounds.moshi_depth,
+    "muse_glimmer_assistant": _muse_glimmer_assistant,
     "musicgen": input_sounds.musicgen,
     "musicgen_decoder": input_sounds.musicgen_decoder,
     "musicgen_melody": input_sounds.musicgen,
@@ -89,6 +115,7 @@ OVERRIDES: dict[str, Callable[[Scene], Inputs]] = {
     "phi4_multimodal": input_pictures.phi4_multimodal,
     "phi4_multimodal_audio": input_sounds.phi4_audio,
     "pi0": input_pictures.pi0,
+    "pp_ocrv5_mobile_rec": input_pictures.tall_strip,
     "qwen2_5_omni_dit": input_sounds.dit,
     "qwen2_5_omni_talker": input_sounds.talker,
     "qwen2_audio": input_sounds.qwen2_audio,
@@ -102,6 +129,7 @@ OVERRIDES: dict[str, Callable[[Scene], Inputs]] = {
     "sam3_lite_text_detr_encoder": input_pictures.sam3_encoder,
     "sam3_lite_text_mask_decoder": input_pictures.sam3_masks,
     "sam3_mask_decoder": input_pictures.sam3_masks,
+    "segformer": input_pictures.large,
     "unlimited_ocr_vision_encoder": input_pictures.ocr_patches,
     "voxtral_realtime": input_sounds.voxtral_realtime,
     "voxtral_realtime_text": input_sounds.voxtral_text,

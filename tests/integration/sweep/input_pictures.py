@@ -187,3 +187,18 @@ def boxed_image(scene: Scene) -> Inputs:
         "input_boxes": torch.tensor([[[0.3, 0.3, 0.4, 0.4]]] * BATCH),
         "input_boxes_labels": scene.ones(BATCH, 1),
     }
+
+
+def tall_strip(scene: Scene) -> Inputs:
+    """A line of text that is wide enough for several steps after all strides."""
+    return {"pixel_values": scene.normal(BATCH, 3, 96, 192)}
+
+
+def large(scene: Scene) -> Inputs:
+    """A picture of which more than one key is left after a stage has reduced them."""
+    return {"pixel_values": scene.normal(BATCH, 3, 64, 64)}
+
+
+def pair(scene: Scene) -> Inputs:
+    """Two pictures to match, large for the same reason."""
+    return {"pixel_values": scene.normal(BATCH, 2, 3, 64, 64)}

@@ -44,7 +44,7 @@ def image_options(scene: Scene) -> Iterator[Inputs]:
     for tiles in dict.fromkeys((frames, 2, 3, 5)):
         several = torch.stack([plain.roll(n, -1) for n in range(tiles)], 1)
         yield {name: several, **told, "pixel_attention_mask": scene.ones(BATCH, tiles).bool()}
-    deep = scene.number("temporal_patch_size", room="vision", default=1)
+    deep = _deep(scene)
     patch = scene.number("patch_size", room="vision", default=4)
     yield {name: scene.normal(BATCH, deep, patch, patch, plain.shape[1])}
     # Some detectors and text readers need more than their config's size; towers never do.
@@ -52,6 +52,11 @@ def image_options(scene: Scene) -> Iterator[Inputs]:
         yield {name: scene.normal(BATCH, plain.shape[1], *size), **_beside_images(scene)}
     if not patches:
         yield _padded_patches(scene, name)
+
+
+def _deep(scene: Scene) -> int:
+    """Frames in a patch."""
+    return scene.number("temporal_patch_size", "patch_temporal", room="vision", default=1)
 
 
 def _image_name(scene: Scene) -> str:
@@ -134,7 +139,7 @@ def _grid_patches(scene: Scene, name: str) -> Iterator[Inputs]:
     """Patches of all images, one after another, as Qwen-VL's towers and their kin take them."""
     patch = scene.number("patch_size", "spatial_patch_size", room="vision", default=4)
     channels = scene.number("num_channels", "in_channels", "in_chans", room="vision", default=3)
-    deep = scene.number("temporal_patch_size", room="vision", default=1)
+    deep = _deep(scene)
     merge = scene.number("spatial_merge_size", "merge_size", room="vision", default=2)
     wide = first_width(scene.model, "vis") or channels * patch**2
     for flat in dict.fromkeys((channels * deep * patch**2, wide)):

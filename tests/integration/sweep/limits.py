@@ -13,7 +13,7 @@ WIDTH, HEADS, HEAD_WIDTH, HIDDEN, VOCABULARY = 64, 4, 16, 96, 128
 
 _LIMITS: list[tuple[str, int]] = [  # the first pattern that matches the whole name
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
-    (r"num_mtp_layers|num_nextn_predict_layers|num_kv_shared_layers", 0),
+    (r"num_mtp_layers|num_nextn_predict_layers|num_kv_shared_layers|insert_layer_id", 0),
     (r".*(hidden_layers|_layers|n_layer|depth|num_blocks)|layers|blocks", 2),
     (r"index_topk|sliding_window(_size)?|attention_chunk_size|local_attention", 4),
     (r"(.*_)?(top_?k(_experts)?|experts_per_tok|experts_per_token|moe_k|cross_attn_k)", 2),
@@ -36,7 +36,7 @@ _LIMITS: list[tuple[str, int]] = [  # the first pattern that matches the whole n
     (r"(num|n)_codebooks|num_quantizers|mm_tokens_per_image|num_conv_pos_embedding_groups", 4),
     (r"num_conv_pos_embeddings", 16),
     (
-        r".*(hidden_size.*|d_model|n_embd|_dim|embed_dim.*|emb_dim|_dims?)|dim|width|d_latents",
+        r".*(hidden_size.*|d_model|n_embd|_dim|_dimension|embed_dim.*|emb_dim|_dims?)|dim|width|d_latents",
         WIDTH,
     ),
     (r".*(_channels?|num_filters|embedding_size|projection_size|proj_size|_units|_groups)", WIDTH),

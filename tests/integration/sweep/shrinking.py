@@ -94,9 +94,14 @@ class Shrinker:
 def _unnamed(config: PreTrainedConfig, name: str) -> Arguments:
     """What a composite gives a part under names that the class of the part does not declare."""
     spec = getattr(config, "sub_configs_defaults", {}).get(name)
-    known = _fields(read(config, name)) | {"out_indices", "out_features"}
+    part = read(config, name)
+    known = _fields(part) | {"out_indices", "out_features"}
     given = getattr(spec, "init_kwargs", None) or {}
-    return {key: value for key, value in given.items() if key not in known}
+    return {
+        key: smaller_number(part, key, value) if type(value) is int else value
+        for key, value in given.items()
+        if key not in known
+    }
 
 
 def _split(overrides: Arguments) -> tuple[Arguments, dict[str, Arguments]]:
@@ -165,6 +170,8 @@ def _images(config: PreTrainedConfig) -> Arguments:
             out[name] = largest
         elif isinstance(value, (list, tuple)) and value and max(value) > largest:
             out[name] = type(value)(min(v, largest) for v in value)
+    if "image_grid_pinpoints" in _fields(config):
+        out["image_grid_pinpoints"] = [[2 * _IMAGE, 2 * _IMAGE]]
     return out
 
 
