@@ -63,7 +63,8 @@ def _muse_glimmer_assistant(scene: Scene) -> Inputs:
     return {
         "noise_embeds": scene.normal(BATCH, 4, width),
         "context_hidden_states": scene.normal(BATCH, LENGTH, sources * width),
-        "use_cache": True,  # its masks count the states only where there is a cache
+        # Made by hand: the model's own mask counts the states only where a cache announces them.
+        "attention_mask": torch.zeros(BATCH, 1, 4, LENGTH + 4),
     }
 
 
