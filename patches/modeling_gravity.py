@@ -8,6 +8,7 @@ library instead, which is faster and can also patch, calibrate and unpatch.
 Any class name `Gravity<Host>` is made from transformers' `<Host>` when it is asked for.
 """
 
+import dis
 import functools
 import inspect
 import sys
@@ -28,7 +29,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.auto import modeling_auto
 
 # Not "gravity": that name belongs to the library, which may be imported in the same process.
@@ -54,6 +55,8 @@ NO_HEADS = (
     "Inkling2LoopBlockAttentionResidual",
     "Inkling2LoopMessageAttentionResidual",
 )
+# Towers whose attention inverts its mask: right for a boolean one only.
+BOOLEAN_MASKS = ("nemotron_asr_streaming_encoder",)
 EPSILON_FLOOR = 1e-6
 HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 # Rows of the score matrix computed at once; bounds memory, not results.
@@ -240,8 +243,18 @@ def _rows(tensor, block):
     return tensor if tensor is None or tensor.shape[-2] == 1 else tensor[..., block, :]
 
 
+def gravity_mask(*, dtype=torch.float32, config=None, **request):
+    """The additive mask of eager attention; a boolean one for hosts that can read no other."""
+    model_type = (getattr(config, "model_type", None) or "").removeprefix("gravity_")
+    if model_type in BOOLEAN_MASKS:
+        return sdpa_mask(**{**request, "allow_is_causal_skip": False})
+    # Hosts that have only token ids at hand name their dtype, which means nothing for scores.
+    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    return eager_mask(**request, dtype=dtype, config=config)
+
+
 AttentionInterface.register(ATTENTION_NAME, gravity_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, gravity_mask)
 
 
 @functools.cache
@@ -252,7 +265,16 @@ def _routes_through_interface(cls):
     codes = [getattr(inspect.unwrap(m), "__code__", None) for m in members if callable(m)]
     codes = [code for code in codes if code is not None]
     codes += [c for code in codes for c in code.co_consts if isinstance(c, CodeType)]
-    return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
+    return any(_looks_up(code) for code in codes)
+
+
+def _looks_up(code):
+    """`getattr(registry, name, eager)` asks for an attribute that is never there."""
+    if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
+        return False
+    names = [step.argval for step in dis.get_instructions(code)]
+    places = [i for i, name in enumerate(names) if name == "ALL_ATTENTION_FUNCTIONS"]
+    return any(names[i - 1] != "getattr" for i in places)
 
 
 def _head_counts(module):
@@ -313,6 +335,16 @@ class GravityHost:
         config._attn_implementation = None
         super().__init__(config, *args, **kwargs)
         PreTrainedModel.set_attn_implementation(self, ATTENTION_NAME)
+        # Parts may have copies of one config, which transformers does not reach.
+        configs = [
+            m.config
+            for m in self.modules()
+            if isinstance(getattr(m, "config", None), PreTrainedConfig)
+        ]
+        named = {type(c) for c in configs if c._attn_implementation == ATTENTION_NAME}
+        for part in configs:
+            if type(part) in named:
+                part._attn_implementation_internal = ATTENTION_NAME
         sites = [m for m in self.modules() if _routes_through_interface(type(m))]
         layers = settings["layers"]
         for module in sites if layers is None else [sites[i] for i in layers]:
