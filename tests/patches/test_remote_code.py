@@ -153,4 +153,4 @@ def test_the_remote_file_imports_only_torch_and_transformers():
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             imported.add(node.module.split(".")[0])
-    assert imported <= {"functools", "inspect", "sys", "torch", "transformers", "types"}
+    assert imported <= {"dis", "functools", "inspect", "sys", "torch", "transformers", "types"}
