@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from gravity_hf.integration.support_table import (
+    PROMISE_HEADERS,
     SUMMARY_HEADERS,
     SupportTable,
+    promise_counts,
     summary,
     support_table,
 )
@@ -362,6 +364,8 @@ def support(table: SupportTable | None = None) -> str:
     versions = table.versions
     return (
         markdown(list(SUMMARY_HEADERS), [list(row) for row in summary(table)])
+        + "\n"
+        + markdown(list(PROMISE_HEADERS), [list(row) for row in promise_counts(table)])
         + f"\ntransformers {versions['transformers']}, torch {versions['torch']}, commit "
         f"{table.commit}, {table.date}.\n"
     )

@@ -215,6 +215,21 @@ def summary(table: SupportTable) -> list[tuple[str, ...]]:
     ]
 
 
+PROMISE_HEADERS = ("promise", "kept", "not applicable", "broken")
+
+
+def promise_counts(table: SupportTable) -> list[tuple[str, ...]]:
+    """Of the patched model types: how many keep each promise, how many it does not apply to, and
+    how many break it; rows under `PROMISE_HEADERS`."""
+    patched = [record for record in table.records.values() if record.promises]
+    rows = []
+    for name, meaning in PROMISES.items():
+        kept = sum(name in record.kept for record in patched)
+        broken = sum(name in record.broken for record in patched)
+        rows.append((meaning, str(kept), str(len(patched) - kept - broken), str(broken)))
+    return rows
+
+
 @memoised
 def support_table() -> SupportTable:
     """The table that came with this version of gravity_hf."""

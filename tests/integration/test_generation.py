@@ -48,11 +48,11 @@ def test_beams_are_the_same_with_every_cache(family):
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_samples_are_the_same_with_every_cache(family):
-    runs = []
+    model, prompt, runs = model_of(family), prompt_of(family), []
     for cache in CACHES:
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # after the model is made, which draws its weights
         sampling = {"do_sample": True, "num_return_sequences": 3, **cache}
-        runs.append(generate(model_of(family), prompt_of(family), **sampling))
+        runs.append(generate(model, prompt, **sampling))
     for run in runs[1:]:
         assert_same(run, runs[0])
     assert len(runs[0].text.unique(dim=0)) == 6

@@ -18,7 +18,7 @@ from gravity_hf.integration.support_table import RAISED, WRONG
 
 from .inputs import gradient_target, tiny_inputs_of
 from .outcomes import OK, Outcome, attempt, not_applicable, wrong
-from .probe import JITTERS, Probe, in_budgets, probing
+from .probe import JITTERS, MORE_JITTERS, Probe, in_budgets, probing
 from .sight import SEED, Inputs, Sight, run, whole_model
 
 NEW_TOKENS = 4
@@ -131,6 +131,12 @@ def _mass_gradient(model: PreTrainedModel, name: str, probe: Probe) -> Outcome:
     if exact.any() and not actual.any():
         return wrong(f"the gradient of the mass of {name} is 0, the reference's is not")
     error = in_budgets(actual, exact, rounded, *nearby)
+    if error > 1.0:
+        # One error of the float32 reference may be small by luck, and of thousands of modules some
+        # meet that; its errors on neighbours of the inputs say how large they are.
+        seeds = range(JITTERS, MORE_JITTERS)
+        nearby += [probe.mass_gradient(torch.float32, jitter=seed) for seed in seeds]
+        error = in_budgets(actual, exact, rounded, *nearby)
     if error > 1.0:
         return wrong(f"the gradient of the mass of {name}: {error:.3g} times the error budget")
     return OK

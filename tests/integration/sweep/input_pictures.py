@@ -189,6 +189,23 @@ def boxed_image(scene: Scene) -> Inputs:
     }
 
 
+def diffusion_gemma(scene: Scene) -> Inputs:
+    """A picture before the text, which its forward takes without naming it."""
+    vision = scene.config.vision_config
+    patch, side = vision.patch_size, 2 * vision.pooling_kernel_size
+    token = scene.config.image_token_id
+    ids = torch.cat([torch.full((BATCH, 4), token), scene.tokens(BATCH, LENGTH)], 1)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == token).long(),
+        "decoder_input_ids": scene.tokens(BATCH, LENGTH),
+        "pixel_values": scene.normal(BATCH, side * side, 3 * patch * patch).sigmoid(),
+        "image_position_ids": places.expand(BATCH, -1, -1).contiguous(),
+    }
+
+
 def tall_strip(scene: Scene) -> Inputs:
     """A line of text that is wide enough for several steps after all strides."""
     return {"pixel_values": scene.normal(BATCH, 3, 96, 192)}
@@ -197,6 +214,11 @@ def tall_strip(scene: Scene) -> Inputs:
 def large(scene: Scene) -> Inputs:
     """A picture of which more than one key is left after a stage has reduced them."""
     return {"pixel_values": scene.normal(BATCH, 3, 64, 64)}
+
+
+def larger(scene: Scene) -> Inputs:
+    """A picture whose quarter is as large as a patch."""
+    return {"pixel_values": scene.normal(BATCH, 3, 128, 128)}
 
 
 def pair(scene: Scene) -> Inputs:

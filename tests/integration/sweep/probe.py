@@ -20,7 +20,7 @@ from gravity_hf.ops.reference import gravity_attention_reference, split_mask
 # An implementation may err this many times as much as the float32 reference does.
 FACTOR = 4.0
 # How many neighbours of its inputs say how well a gradient is conditioned.
-JITTERS = 2
+JITTERS, MORE_JITTERS = 2, 32
 
 
 class Probe:
