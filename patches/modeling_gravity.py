@@ -57,6 +57,8 @@ NO_HEADS = (
 )
 # Towers whose attention inverts its mask: right for a boolean one only.
 BOOLEAN_MASKS = ("nemotron_asr_streaming_encoder",)
+# Classes whose `is_causal` is set and not meant: their hosts know eager attention only.
+CAUSAL_IN_NAME_ONLY = ("BridgeTowerSelfAttention",)
 EPSILON_FLOOR = 1e-6
 HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 # Rows of the score matrix computed at once; bounds memory, not results.
@@ -142,6 +144,10 @@ def gravity_attention_forward(
 ):
     """transformers' attention signature; modules without a `gravity` child use dot products."""
     gravity = getattr(module, "gravity", None)
+    if attention_mask is None and _is_causal_unsaid(module, query, kwargs):
+        shape = (query.shape[2], key.shape[2])
+        causal = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+        attention_mask = causal[None, None]
     if gravity is None:
         return _dot_product(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -175,6 +181,15 @@ def gravity_attention_forward(
         outputs.append(weights @ v)
     output = torch.cat(outputs, 2).to(value.dtype).transpose(1, 2).contiguous()
     return output, weights.to(query.dtype) if kwargs.get("output_attentions") else None
+
+
+def _is_causal_unsaid(module, query, arguments):
+    """Whether a call without a mask means causal attention, as SDPA and flash attention read it."""
+    given = arguments.get("is_causal")
+    if given is None:
+        named_only = type(module).__name__ in CAUSAL_IN_NAME_ONLY
+        given = not named_only and getattr(module, "is_causal", False)
+    return bool(given) and query.shape[2] > 1
 
 
 def _dot_product(module, query, key, value, mask, **kwargs):

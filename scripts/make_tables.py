@@ -25,6 +25,7 @@ from gravity_hf.integration.support_table import (
     promise_counts,
     summary,
     support_table,
+    unreached,
 )
 from gravity_hf.training.files import write_text
 
@@ -366,6 +367,7 @@ def support(table: SupportTable | None = None) -> str:
         markdown(list(SUMMARY_HEADERS), [list(row) for row in summary(table)])
         + "\n"
         + markdown(list(PROMISE_HEADERS), [list(row) for row in promise_counts(table)])
+        + f"\n{unreached(table)}\n"
         + f"\ntransformers {versions['transformers']}, torch {versions['torch']}, commit "
         f"{table.commit}, {table.date}.\n"
     )

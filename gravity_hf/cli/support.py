@@ -49,7 +49,7 @@ def support(
 
 
 def _show_summary(console: Console, table: SupportTable) -> None:
-    from ..integration.support_table import SUMMARY_HEADERS, summary
+    from ..integration.support_table import SUMMARY_HEADERS, summary, unreached
 
     shown = Table(box=None, padding=(0, 1), header_style="bold")
     for column, title in enumerate(SUMMARY_HEADERS):
@@ -57,6 +57,7 @@ def _show_summary(console: Console, table: SupportTable) -> None:
     for row in summary(table):
         shown.add_row(*row)
     console.print(shown)
+    console.print(f"  {unreached(table)}", markup=False)
 
 
 def _show_record(console: Console, record: SupportRecord) -> None:
@@ -69,7 +70,9 @@ def _show_record(console: Console, record: SupportRecord) -> None:
     if record.reached:
         lines.append(f"gravity in: {', '.join(record.reached)}")
     if record.not_reached:
-        lines.append(f"not reached by the inputs: {', '.join(record.not_reached)}")
+        places = ", ".join(record.not_reached)
+        count = len(record.not_reached)
+        lines.append(f"not reached by the inputs, {count} of the places of attention: {places}")
     if record.own_attention:
         lines.append(f"own attention, left as it is: {', '.join(record.own_attention)}")
     if record.cosine is not None:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .masks import ordinary
-from .support import refuse_arguments
+from .masks import causal_mask, ordinary
+from .support import CAUSAL_IN_NAME_ONLY, refuse_arguments
 
 
 class HostTerms(NamedTuple):
@@ -63,6 +63,8 @@ def terms_of_call(
     """
     refuse_arguments(arguments)
     mask = _padding_as_mask(mask)
+    if mask is None and _is_causal_unsaid(module, query, arguments):
+        mask = causal_mask(query.shape[2], key.shape[2], query.device)
     indices, blocks = arguments.get("indices"), arguments.get("block_indices")
     if blocks is not None:
         mask = _only_blocks(module, query, key, mask, blocks, arguments.get("position_ids"))
@@ -100,6 +102,20 @@ def _padding_as_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.dim() != 2:
         return mask
     return mask[None, None] if mask.is_floating_point() else (mask != 0)[:, None, None]
+
+
+def _is_causal_unsaid(module: nn.Module, query: Tensor, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call without a mask means causal attention, as SDPA and flash attention read it.
+
+    Most hosts ask for a mask, and get None only where nothing is hidden; some leave causality to
+    `is_causal` of the call or of the module.
+    """
+    given = arguments.get("is_causal")
+    if given is None:
+        given = type(module).__name__ not in CAUSAL_IN_NAME_ONLY and getattr(
+            module, "is_causal", False
+        )
+    return bool(given) and query.shape[2] > 1
 
 
 def _only_selected(key: Tensor, mask: Tensor | None, indices: Tensor) -> Tensor:

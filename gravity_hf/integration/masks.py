@@ -189,6 +189,13 @@ def gravity_mask(
     return DeferredMask.of((batch_size, 1, q_length, kv_length), dtype, device, make, visible)
 
 
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Bool `[1, 1, Tq, Tk]`: query i sees keys up to i, counted from the first of both."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
+    # The operator's flag counts from the last of both.
+    return _noted(mask, VisibleKeys(causal=True)) if queries == keys else mask
+
+
 def visible_keys_of(mask: Tensor | None) -> VisibleKeys | None:
     """What `gravity_mask` noted about this very mask; None for any other tensor, also for what was
     computed from one, and for a mask that was changed in place."""

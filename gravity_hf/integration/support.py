@@ -23,6 +23,10 @@ NO_HEADS = (
 # transformers' own eager attention.
 BOOLEAN_MASKS = ("nemotron_asr_streaming_encoder",)
 
+# Classes whose `is_causal` is set and not meant: their hosts, which know eager attention only, let
+# tokens see each other both ways.
+CAUSAL_IN_NAME_ONLY = ("BridgeTowerSelfAttention",)
+
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError if an attention call carries an argument that would be silently ignored."""

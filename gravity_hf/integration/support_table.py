@@ -24,11 +24,12 @@ PROMISES = {
     "correct": "every call agrees with the float64 reference on the same q, k, v and mask",
     "differs": "the output is not the host's: gravity really ran",
     "backward": "gradients are finite, those of the masses are the float64 reference's",
+    "host": "with the dot product of what gravity is given, the model is the host",
     "cached": "greedy generation with a cache is the one without",
     "reloaded": "saved and loaded it is the same class with the same output",
     "unpatched": "unpatch_gravity gives the host back bit for bit",
     "calibrated": "at softness 16 the output's cosine to the host's is at least 0.99",
-    "converges": "more softness halves what is left of the distance to the host: no term is lost",
+    "converges": "at softness 256 at most a quarter of the distance to the host is left",
 }
 
 # Status of a model type -> what it means.
@@ -55,6 +56,9 @@ CATEGORIES = (
 PASSED = "passed"
 # First words of every other outcome; a colon and the reason follow.
 WRONG, RAISED, NOT_APPLICABLE = "wrong", "raised", "not applicable"
+# Reasons of "not applicable" that lie in what the class is, not in how the examination went.
+DOES_NOT_GENERATE, REFUSED_TO_SAVE = "the class does not generate", "refused by name"
+_OF_THE_CLASS = {"cached": DOES_NOT_GENERATE, "reloaded": REFUSED_TO_SAVE}
 
 
 @dataclass(frozen=True)
@@ -103,15 +107,23 @@ class SupportRecord:
         }
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether every promise was kept, but for those that the class itself rules out: it does
+        not generate, or transformers does not export it and saving is refused by name."""
+        ruled_out = {name: f"{NOT_APPLICABLE}: {reason}" for name, reason in _OF_THE_CLASS.items()}
+        return self.status == "passes" and all(
+            outcome == PASSED or outcome.startswith(ruled_out.get(name, PASSED))
+            for name, outcome in self.promises.items()
+        )
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """The promises that were tried and kept."""
         return tuple(name for name, outcome in self.promises.items() if outcome == PASSED)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without empty fields and without the promises that passed."""
-        content = asdict(self)
-        content["promises"] = {n: o for n, o in self.promises.items() if o != PASSED}
-        content["examined"] = True if self.promises else None
+        """For JSON, without empty fields."""
+        content = {**asdict(self), "promises": dict(self.promises)}
         return {key: value for key, value in content.items() if value not in ("", {}, (), None)}
 
     @classmethod
@@ -119,23 +131,30 @@ class SupportRecord:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: an unknown field, promise or status.
+            ValueError: an unknown field, status or outcome, or promises that are not all of
+                `PROMISES`.
         """
         values = dict(content)
-        examined = values.pop("examined", False)
+        outcomes = dict(values.pop("promises", {}))
         unknown = set(values) - {f.name for f in fields(cls)}
-        unknown |= set(values.get("promises", ())) - set(PROMISES)
+        if outcomes:
+            unknown |= set(outcomes) ^ set(PROMISES)
+        unknown |= {outcome for outcome in outcomes.values() if not _is_outcome(outcome)}
         if unknown or values.get("status") not in STATUSES:
             raise ValueError(
                 f"support record of {values.get('model_type')!r}: expected the fields of "
-                f"SupportRecord and a status of {list(STATUSES)}, got {sorted(unknown)} and "
-                f"{values.get('status')!r}. Write the table again: scripts/make_support_table.py"
+                f"SupportRecord, all promises or none, and a status of {list(STATUSES)}, got "
+                f"unknown or missing {sorted(unknown)} and {values.get('status')!r}. Write the "
+                "table again: scripts/make_support_table.py"
             )
-        others = values.pop("promises", {})
-        promises = {name: others.get(name, PASSED) for name in PROMISES} if examined else {}
+        promises = {name: outcomes[name] for name in PROMISES} if outcomes else {}
         for name in ("reached", "not_reached", "own_attention", "notes"):
             values[name] = tuple(values.get(name, ()))
         return cls(promises=promises, **values)
+
+
+def _is_outcome(outcome: str) -> bool:
+    return outcome == PASSED or outcome.split(":")[0] in (WRONG, RAISED, NOT_APPLICABLE)
 
 
 @dataclass(frozen=True)
@@ -197,7 +216,8 @@ _COUNTED: dict[str, Callable[[SupportRecord], bool]] = {
     "built": lambda record: bool(record.model),
     "patched": lambda record: "patched" in record.kept,
     "reached": lambda record: "reached" in record.kept,
-    "pass everything": lambda record: record.status == "passes",
+    "no promise broken": lambda record: record.status == "passes",
+    "every promise kept": lambda record: record.keeps_all,
     "partly": lambda record: record.status == "partly",
     "refused": lambda record: record.status == "refused",
     "own or no attention": lambda record: record.status == "no routed attention",
@@ -213,6 +233,16 @@ def summary(table: SupportTable) -> list[tuple[str, ...]]:
         (name, *(str(sum(map(counts, records))) for counts in _COUNTED.values()))
         for name, records in groups.items()
     ]
+
+
+def unreached(table: SupportTable) -> str:
+    """A sentence: of how many of those that keep every promise some modules were not looked at."""
+    kept = [record for record in table.records.values() if record.keeps_all]
+    partly = sum(bool(record.not_reached) for record in kept)
+    return (
+        f"Of the {len(kept)} that keep every promise, {partly} have attention modules that the "
+        "inputs of the examination did not reach."
+    )
 
 
 PROMISE_HEADERS = ("promise", "kept", "not applicable", "broken")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hosts import tiny_host, tiny_inputs
 from integration.sweep.configs import tiny_model
+from integration.sweep.inputs import main_output, tiny_inputs_of
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 from transformers.masking_utils import causal_mask_function
 
 from gravity_hf import (
+    GravityConfig,
     calibrate,
     gravity_status,
     load_gravity_model,
@@ -136,3 +138,17 @@ def test_a_class_that_transformers_names_but_does_not_export_is_patched_and_not_
     assert gravity_status(model).layers
     with pytest.raises(ValueError, match="is not part of transformers"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [None, (0,)])
+def test_a_host_that_makes_no_mask_and_is_causal_stays_causal(layers):
+    """Moshi's depth decoder leaves it to `is_causal`, in converted and in other modules."""
+    model = tiny_model(needs("moshi_depth"))
+    inputs = tiny_inputs_of(model)
+    patch_with_gravity(model, GravityConfig(layers=layers))
+    changed = {name: tensor.clone() for name, tensor in inputs.items()}
+    changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % 5
+    with torch.no_grad():
+        before, after = (main_output(model(**x)) for x in (inputs, changed))
+    assert not torch.equal(before[:, -1], after[:, -1])
+    torch.testing.assert_close(before[:, :-1], after[:, :-1])

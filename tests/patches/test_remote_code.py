@@ -131,11 +131,16 @@ def test_the_remote_file_knows_exactly_the_library_s_settings():
 
     from gravity_hf.config import CONFIG_VERSION, EPSILON_FLOOR
     from gravity_hf.integration import sites
-    from gravity_hf.integration.support import NO_HEADS, REFUSED_ARGUMENTS
+    from gravity_hf.integration.support import (
+        CAUSAL_IN_NAME_ONLY,
+        NO_HEADS,
+        REFUSED_ARGUMENTS,
+    )
 
     assert {field.name for field in fields(GravityConfig)} == modeling_gravity.SETTINGS
     assert modeling_gravity.HEAD_COUNT_NAMES == sites._HEAD_COUNT_NAMES
     assert modeling_gravity.NO_HEADS == NO_HEADS
+    assert modeling_gravity.CAUSAL_IN_NAME_ONLY == CAUSAL_IN_NAME_ONLY
     assert modeling_gravity.VERSION == CONFIG_VERSION
     assert modeling_gravity.EPSILON_FLOOR == EPSILON_FLOOR
     assert set(modeling_gravity.REFUSED_ARGUMENTS) == set(REFUSED_ARGUMENTS)

@@ -14,7 +14,12 @@ from transformers import PreTrainedModel
 
 from gravity_hf import load_gravity_model
 from gravity_hf.integration.hosts import CLASS_PREFIX, gravity_modules, host_of, is_native
-from gravity_hf.integration.support_table import RAISED, WRONG
+from gravity_hf.integration.support_table import (
+    DOES_NOT_GENERATE,
+    RAISED,
+    REFUSED_TO_SAVE,
+    WRONG,
+)
 
 from .inputs import gradient_target, tiny_inputs_of
 from .outcomes import OK, Outcome, attempt, not_applicable, wrong
@@ -133,7 +138,9 @@ def _mass_gradient(model: PreTrainedModel, name: str, probe: Probe) -> Outcome:
     error = in_budgets(actual, exact, rounded, *nearby)
     if error > 1.0:
         # One error of the float32 reference may be small by luck, and of thousands of modules some
-        # meet that; its errors on neighbours of the inputs say how large they are.
+        # meet that; its errors on neighbours of the inputs say how large they are. The budget is
+        # the largest of all draws for every module: it only grows with them, so where the first
+        # draws suffice, the others need not be made.
         seeds = range(JITTERS, MORE_JITTERS)
         nearby += [probe.mass_gradient(torch.float32, jitter=seed) for seed in seeds]
         error = in_budgets(actual, exact, rounded, *nearby)
@@ -146,11 +153,11 @@ def check_cached(model: PreTrainedModel, inputs: Inputs) -> Outcome:
     """In float32, or where that fails in float64: there no router or indexer falls the other way by
     a rounding, and what is left is the cache's fault."""
     if not model.can_generate():
-        return not_applicable("the class does not generate")
+        return not_applicable(DOES_NOT_GENERATE)
     outcome = _check_tokens(model, inputs)
     if outcome.kind != WRONG:
         return outcome
-    exact = attempt(lambda: _check_tokens(*_in_float64(model, inputs)))
+    exact = attempt(lambda: _check_tokens(*in_float64(model, inputs)))
     return OK if exact.passed else outcome
 
 
@@ -176,7 +183,8 @@ def _check_tokens(model: PreTrainedModel, inputs: Inputs) -> Outcome:
     return OK
 
 
-def _in_float64(model: PreTrainedModel, inputs: Inputs) -> tuple[PreTrainedModel, Inputs]:
+def in_float64(model: PreTrainedModel, inputs: Inputs) -> tuple[PreTrainedModel, Inputs]:
+    """Copies of a model and of its inputs."""
     copy = deepcopy(model).double()
     copy.set_experts_implementation("eager")  # the others know no float64
     floating = {
@@ -237,7 +245,7 @@ def _refused_to_save(model: PreTrainedModel) -> Outcome:
         try:
             model.save_pretrained(folder)
         except ValueError as error:
-            return not_applicable(f"refused by name: {str(error).split(',')[0]}")
+            return not_applicable(f"{REFUSED_TO_SAVE}: {str(error).split(',')[0]}")
     return wrong("saved a class that transformers could not find again")
 
 

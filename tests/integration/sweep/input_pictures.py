@@ -216,11 +216,11 @@ def large(scene: Scene) -> Inputs:
     return {"pixel_values": scene.normal(BATCH, 3, 64, 64)}
 
 
-def larger(scene: Scene) -> Inputs:
-    """A picture whose quarter is as large as a patch."""
-    return {"pixel_values": scene.normal(BATCH, 3, 128, 128)}
-
-
 def pair(scene: Scene) -> Inputs:
     """Two pictures to match, large for the same reason."""
     return {"pixel_values": scene.normal(BATCH, 2, 3, 64, 64)}
+
+
+def larger(scene: Scene) -> Inputs:
+    """A picture whose quarter is as large as a patch."""
+    return {"pixel_values": scene.normal(BATCH, 3, 128, 128)}

@@ -100,6 +100,21 @@ def regressions(now: SupportRecord, before: SupportRecord) -> list[str]:
     return lost
 
 
+# What must hold of a type that passes, on whatever version of transformers.
+_EVERYWHERE = ("patched", "reached", "correct")
+
+
+def regressions_elsewhere(now: SupportRecord, before: SupportRecord) -> list[str]:
+    """What is worse `now`, on another version of transformers than `before`: numbers that are
+    wrong, and of a type that passed there that gravity does not run, or not by the reference."""
+    lost = [
+        f"{name}: {now.promises.get(name, f'not tried, {now.status}: {now.reason}')}"
+        for name in _EVERYWHERE
+        if before.status == "passes" and name not in now.kept
+    ]
+    return list(dict.fromkeys([*silent_failures(now), *lost]))
+
+
 def silent_failures(record: SupportRecord) -> list[str]:
     """Promises about numbers that were broken without an error.
 

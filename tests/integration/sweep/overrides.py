@@ -25,6 +25,12 @@ _EFFICIENT = {
     "width_coefficient": 1.0,
     "depth_coefficient": 1.0,
 }
+# The last two layers use the keys and values of the first two.
+_SHARED = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 _CODEC = {"num_filters": 4}
 _VIBE = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [2, 1, 1]}
 _VQGAN = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}
@@ -57,6 +63,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "apertus1p5_vision_tokenizer": _VQGAN,
     "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "audio-spectrogram-transformer": {"max_length": 64},
     "autoformer": _SERIES,
     "bamba": {"attn_layer_indices": [1]},
     "bit": {"num_groups": 8},
@@ -108,7 +115,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 64},
     "fastspeech2_conformer_hifigan": {"model_in_dim": 80},
+    "florence_vision": {"window_size": 4},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
+    "gemma3n_text": _SHARED,
+    "gemma4_assistant": {"text_config.num_kv_shared_layers": 4},
+    "gemma4_text": {**_SHARED, "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}}},
+    "glmasr": {"audio_config.intermediate_size": 256},
     "glm5_next_text": {"index_kpool": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "downsample_rate": "1/2"},
@@ -122,7 +134,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "janus_vqgan": _VQGAN,
     "layoutlmv2": {"coordinate_size": 8, "shape_size": 16},
-    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16, "input_size": 32},
     "led": {"attention_window": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 48},
@@ -214,7 +226,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer": _VIBE,
     "vibevoice_acoustic_tokenizer_decoder": _VIBE,
     "vibevoice_acoustic_tokenizer_encoder": _VIBE,
-    "vipllava": {"vision_feature_layer": [-1, 0]},
+    "vipllava": {"vision_feature_layers": [-1, 0]},
     "vision-encoder-decoder": _DECODES,
     "vjepa2": {"frames_per_clip": 4},
     "vitmatte": {"fusion_hidden_sizes": [16, 16, 16, 16]},

@@ -4,6 +4,9 @@ A random host may be one that no approximation of its attention comes near: a ro
 that decides by a hair, or queries that see one key out of many. That is told from a weakness of
 gravity by a control: the host with its own dot product and another temperature of its softmax, in
 every attention module the one that moves the output as far as gravity does on the same q, k, v.
+
+The control is held to the same model with its dot product as it is: what the way to it loses, a
+mask say, both lose, and it is no sensitivity.
 """
 
 from __future__ import annotations
@@ -81,32 +84,30 @@ class _Tempered:
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
     """`local`: the lowest cosine between gravity's and the host's output of one attention call on
-    the same q, k, v; `moved`: the cosine of the host's output to itself under the control, the
-    lower one of a sharper and a flatter softmax."""
+    the same q, k, v; `moved`: the cosine of the output by dot product to itself under the control,
+    the lower one of a sharper and a flatter softmax."""
 
     local: float
     moved: float
 
 
 @torch.no_grad()
-def sensitivity_of(
-    model: PreTrainedModel, inputs: Inputs, host: Tensor, sight: Sight
-) -> Sensitivity:
-    """Of a calibrated model, whose own host it is: `host` is its output, where padding stands as
-    zeros."""
+def sensitivity_of(model: PreTrainedModel, inputs: Inputs, sight: Sight) -> Sensitivity:
+    """Of a calibrated model, which is its own host under the dot product."""
     local = {name: _Local() for name in gravity_modules(model)}
-    _observed(model, local, inputs, sight)
+    host = observed(model, local, inputs, sight)
     moved = []
     for direction in (1, -1):
         tempered = {name: _Tempered(seen.distances, direction) for name, seen in local.items()}
-        moved.append(cosine_of_all(_observed(model, tempered, inputs, sight), host))
+        moved.append(cosine_of_all(observed(model, tempered, inputs, sight), host))
     cosines = [cosine for seen in local.values() for cosine in seen.cosines]
     return Sensitivity(min(cosines), min(moved))
 
 
-def _observed(
+def observed(
     model: PreTrainedModel, observers: Mapping[str, Any], inputs: Inputs, sight: Sight
 ) -> Tensor:
+    """What `sight` sees, padding as zeros, under one observer per gravity module, by its name."""
     modules = gravity_modules(model)
     for name, gravity in modules.items():
         gravity.observer = observers[name]

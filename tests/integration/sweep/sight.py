@@ -54,7 +54,8 @@ class AttentionOutputs:
         seen: list[Tensor] = []
 
         def see(module: Any, given: Any, output: Any) -> None:
-            seen.append(next(floating_tensors(output)).flatten())
+            states = next(floating_tensors(output))
+            seen.append(main_output(states, inputs if visible else None).flatten())
 
         hooks = [model.get_submodule(name).register_forward_hook(see) for name in self.names]
         try:
@@ -63,6 +64,13 @@ class AttentionOutputs:
             for hook in hooks:
                 hook.remove()
         return torch.cat(seen)[None]
+
+
+class DotProduct(NamedTuple):
+    """An observer: the host's attention on what gravity is given."""
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        return call.dot_product()
 
 
 class _Moved(NamedTuple):

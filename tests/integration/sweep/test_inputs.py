@@ -19,7 +19,10 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from gravity_hf.integration.sites import find_attention_sites
 
-EVERY_TOWER = ["llama", "bert", "bart", "whisper", "clip", "qwen2_vl", "blip-2", "idefics3", "vit"]
+EVERY_TOWER = [
+    *("llama", "bert", "bart", "whisper", "clip", "qwen2_vl", "blip-2", "idefics3", "vit"),
+    *("aria", "llava_next", "mistral3", "mllama", "vipllava", "voxtral"),
+]
 
 
 @pytest.mark.parametrize("model_type", EVERY_TOWER)
