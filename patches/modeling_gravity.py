@@ -12,18 +12,14 @@ import dis
 import functools
 import inspect
 import sys
+import threading
 from types import CodeType
 
 import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -35,20 +31,12 @@ from transformers.models.auto import modeling_auto
 # Not "gravity": that name belongs to the library, which may be imported in the same process.
 ATTENTION_NAME = "gravity_remote"
 VERSION = 1
-SETTINGS = {
-    "epsilon",
-    "mass_init",
-    "mass_per",
-    "law",
-    "distance",
-    "learn_softening",
-    "layers",
-    "implementation",
-    "softness",
-    "max_kl",
-    "version",
+SETTINGS = {"epsilon", "mass_init", "mass_per", "law", "distance", "learn_softening", "layers"}
+SETTINGS |= {"implementation", "softness", "max_kl", "version"}
+REFUSED_ARGUMENTS = {
+    "cache": "a paged cache (continuous batching)",
+    "read_index": "where a paged cache is read (continuous batching)",
 }
-REFUSED_ARGUMENTS = ("cache",)
 # Classes that look attention up for something else than attention between tokens.
 NO_HEADS = (
     "Inkling2BlockAttentionResidual",
@@ -101,9 +89,8 @@ class Law:
         self.strength = mass.square()[:, None, None]
         self.softening = softening[:, None, None]
         self.is_power = gravity.settings["law"] == "power"
-        self.radius_sq = None
-        if radius_sq is not None:
-            self.radius_sq = radius_sq.repeat_interleave(groups)[:, None, None]
+        lifted = radius_sq is not None
+        self.radius_sq = radius_sq.repeat_interleave(groups)[:, None, None] if lifted else None
 
     def score(self, distance_sq):
         softened = distance_sq.clamp(min=0.0) + self.softening
@@ -143,30 +130,30 @@ def gravity_attention_forward(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs
 ):
     """transformers' attention signature; modules without a `gravity` child use dot products."""
-    gravity = getattr(module, "gravity", None)
+    for name, meaning in REFUSED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"gravity attention cannot honour argument `{name}`: {meaning}. Expected a call "
+                "without it; use generate(), or pip install gravity_hf and its gravity_serving"
+            )
+    if attention_mask is not None and attention_mask.dim() == 2:
+        # Additive `[Tq, Tk]`, or raw padding `[B, Tk]`, where not 0 is real.
+        is_bias, mask = attention_mask.is_floating_point(), attention_mask
+        attention_mask = mask[None, None] if is_bias else (mask != 0)[:, None, None]
     if attention_mask is None and _is_causal_unsaid(module, query, kwargs):
-        shape = (query.shape[2], key.shape[2])
-        causal = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+        causal = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
         attention_mask = causal[None, None]
-    if gravity is None:
+    if getattr(module, "gravity", None) is None:
         return _dot_product(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for name in REFUSED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"gravity attention cannot honour argument `{name}`")
-
-    groups = query.shape[1] // key.shape[1]
-    law = Law(gravity, groups)
+    law, groups = _law_of_call(module, query, key), query.shape[1] // key.shape[1]
     q = query.float()
     k, v = (x.float().repeat_interleave(groups, 1) for x in (key, value))
     allowed, bias = _visible_and_bias(module, query, key, attention_mask, kwargs)
     softcap, sinks, head_mask = (kwargs.get(x) for x in ("softcap", "s_aux", "head_mask"))
-    sinks = kwargs.get("sinks") if sinks is None else sinks
-    if sinks is not None:
-        sinks = (sinks[:, None, None] if sinks.dim() == 1 else sinks).float()
-    if head_mask is not None and head_mask.dim() == 1:
-        head_mask = head_mask[:, None, None]
+    sinks = _per_head(kwargs.get("sinks") if sinks is None else sinks)
+    sinks, head_mask = None if sinks is None else sinks.float(), _per_head(head_mask)
     rows = max(1, BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     if kwargs.get("output_attentions"):
         rows = max(1, q.shape[2])
@@ -183,6 +170,23 @@ def gravity_attention_forward(
     return output, weights.to(query.dtype) if kwargs.get("output_attentions") else None
 
 
+def _law_of_call(module, query, key):
+    """The module's law; ValueError if it was made for other heads than this call has."""
+    gravity, got = module.gravity, (query.shape[1], key.shape[1])
+    expected = (gravity.query_heads, gravity.key_value_heads)
+    if got != expected:
+        raise ValueError(
+            f"{type(module).__name__}: expected (query heads, key-value heads) {expected}, got "
+            f"{got}: masses of other heads. Load with the transformers version that exported it"
+        )
+    return Law(gravity, got[0] // got[1])
+
+
+def _per_head(tensor):
+    """`[H]` as `[H, 1, 1]`; what has more dimensions broadcasts already."""
+    return tensor if tensor is None or tensor.dim() > 1 else tensor[:, None, None]
+
+
 def _is_causal_unsaid(module, query, arguments):
     """Whether a call without a mask means causal attention, as SDPA and flash attention read it."""
     given = arguments.get("is_causal")
@@ -194,25 +198,45 @@ def _is_causal_unsaid(module, query, arguments):
 
 def _dot_product(module, query, key, value, mask, **kwargs):
     """By SDPA where it can, else by the eager function of the module's own file."""
-    terms = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
-    if all(kwargs.get(x) is None for x in terms) and not kwargs.get("output_attentions"):
+    mask = _selected_only(module, query, key, mask, kwargs)
+    terms = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "output_attentions")
+    asked = [x for x in terms if kwargs.get(x) is not None and kwargs[x] is not False]
+    if not asked:
         if mask is None:
             kwargs["is_causal"] = False
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if kwargs["scaling"] is None:
         kwargs["scaling"] = query.shape[-1] ** -0.5
-    mask = _selected_only(module, query, key, mask, kwargs)
     if mask is not None and mask.dtype == torch.bool:
         nothing = torch.zeros((), dtype=query.dtype, device=mask.device)
         mask = torch.where(mask, nothing, torch.finfo(query.dtype).min)
-    eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-    return eager(module, query, key, value, mask, **kwargs)
+    eager = _eager_attention_of(type(module))
+    if eager is None:
+        raise ValueError(
+            f"{type(module).__name__}: expected an eager_attention_forward in "
+            f"{type(module).__module__} for {asked}, found none. Call the model without them"
+        )
+    output, weights = eager(module, query, key, value, mask, **kwargs)
+    if kwargs.get("head_mask") is not None and weights is not None:
+        weights = weights * _per_head(kwargs["head_mask"])
+        value = value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
+        output = (weights.to(value.dtype) @ value).transpose(1, 2).contiguous()
+    return output, weights
+
+
+@functools.cache
+def _eager_attention_of(module_class):
+    """What the module's file falls back to, by whichever prefix it names it; None for nothing."""
+    for cls in module_class.__mro__:
+        names = vars(sys.modules.get(cls.__module__, object))
+        found = [name for name in names if name.endswith("eager_attention_forward")]
+        if cls is not nn.Module and found:
+            return names.get("eager_attention_forward", names[found[0]])
+    return None
 
 
 def _visible_and_bias(module, query, key, mask, arguments):
     """What a query sees, bool, and what is added to its scores."""
-    if mask is not None and mask.dim() == 2:
-        mask = mask[None, None] if mask.is_floating_point() else (mask != 0)[:, None, None]
     allowed, bias = _split_mask(_selected_only(module, query, key, mask, arguments))
     position_bias = arguments.get("position_bias")
     if position_bias is not None:
@@ -233,7 +257,7 @@ def _selected_only(module, query, key, mask, arguments):
         positions = (positions if positions.dim() > 1 else positions[None]).expand(len(query), -1)
         build = module.indexer.build_block_mask
         mask = build(blocks, mask, keys, query.dtype, query.device, positions)
-    if indices is None or indices.shape[-1] >= keys:
+    if indices is None:
         return mask
     # One column more takes what selects nothing.
     shape = (*indices.shape[:2], keys + 1)
@@ -336,10 +360,17 @@ def _settings(config, owner):
     return settings
 
 
+_building = threading.local()
+
+
 class GravityHost:
     """First base of every `Gravity<Host>`: attaches the gravity modules, guards what is loaded."""
 
     def __init__(self, config, *args, **kwargs):
+        if getattr(_building, "now", False):
+            # A head's base model, built within it: the head sees to all of its modules.
+            super().__init__(config, *args, **kwargs)
+            return
         settings = _settings(config, type(self).__name__)
         if config._attn_implementation not in (None, ATTENTION_NAME):
             raise ValueError(
@@ -348,14 +379,15 @@ class GravityHost:
             )
         # Not ours yet: towers with a class per attention name have none for this one.
         config._attn_implementation = None
-        super().__init__(config, *args, **kwargs)
+        _building.now = True
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            _building.now = False
         PreTrainedModel.set_attn_implementation(self, ATTENTION_NAME)
         # Parts may have copies of one config, which transformers does not reach.
-        configs = [
-            m.config
-            for m in self.modules()
-            if isinstance(getattr(m, "config", None), PreTrainedConfig)
-        ]
+        configs = [getattr(m, "config", None) for m in self.modules()]
+        configs = [c for c in configs if isinstance(c, transformers.PreTrainedConfig)]
         named = {type(c) for c in configs if c._attn_implementation == ATTENTION_NAME}
         for part in configs:
             if type(part) in named:
@@ -368,17 +400,33 @@ class GravityHost:
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if ".gravity." in key)
+        own, general = _host_of(cls).from_pretrained, PreTrainedModel.from_pretrained
+        # A loader of the host's own may give no loading info back; see `_finalize_model_loading`.
+        ask = want_info or own.__func__ is general.__func__
+        loaded = super().from_pretrained(*args, output_loading_info=ask, **kwargs)
+        model, info = loaded if ask else (loaded, {})
+        missing = info.get("missing_keys", model.__dict__.get("_gravity_missing"))
+        model.__dict__.pop("_gravity_missing", None)
+        if missing is None:
+            raise RuntimeError(f"{cls.__name__}: pass output_loading_info=True, expected here")
+        missing = sorted(key for key in missing if ".gravity." in key)
         if missing:
-            raise ValueError(f"{cls.__name__}: the checkpoint lacks gravity tensors: {missing[:3]}")
+            raise ValueError(
+                f"{cls.__name__}: expected gravity tensors for every converted layer, got a "
+                f"checkpoint without {missing[:3]}. Download it again, whole"
+            )
         return (model, info) if want_info else model
+
+    @classmethod
+    def _finalize_model_loading(cls, model, *args, **kwargs):
+        found = super()._finalize_model_loading(model, *args, **kwargs)
+        model.__dict__["_gravity_missing"] = found.missing_keys
+        return found
 
     @classmethod
     def is_custom_code(cls):
         # transformers leaves buffers of custom code uninitialised that a host initialises.
-        host = cls.__mro__[cls.__mro__.index(GravityHost) + 1]
-        return host.is_custom_code()
+        return _host_of(cls).is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         if attn_implementation != ATTENTION_NAME:
@@ -388,34 +436,54 @@ class GravityHost:
             )
 
 
+def _host_of(gravity_class):
+    return gravity_class.__mro__[gravity_class.__mro__.index(GravityHost) + 1]
+
+
 @functools.cache
 def _config_class(host):
     model_type = "gravity_" + host.model_type
     _inherit_weight_conversions(host.model_type, model_type)
     body = {"model_type": model_type, "__module__": __name__}
-    return type("Gravity" + host.__name__, (host,), body)
+    cls = type("Gravity" + host.__name__, (host,), body)
+    base = _class_in(modeling_auto.MODEL_MAPPING, host)
+    # A type without code of its own borrows the classes of another, which have another config.
+    borrows = base is None or base.config_class is not host
+    parts = (getattr(host, "sub_configs", None) or {}).values()
+    for mapping in _auto_mappings():
+        model = _class_in(mapping, host)
+        lent = borrows and model is not None and model.config_class not in (host, *parts)
+        # Heads on a base model ask AutoModel for one with their own config.
+        if model is not None and (lent or mapping is modeling_auto.MODEL_MAPPING):
+            mapping.register(cls, _model_class(model, cls), exist_ok=True)
+    return cls
+
+
+def _auto_mappings():
+    autos = [getattr(auto, "_model_mapping", None) for auto in vars(modeling_auto).values()]
+    return [mapping for mapping in autos if hasattr(mapping, "_model_mapping")]
+
+
+def _class_in(mapping, host):
+    """The model class that an Auto class has for a config class; None for none, or several."""
+    try:
+        model = mapping.get(host, None)
+    except (ImportError, ValueError):  # named, and not there
+        return None
+    return model if isinstance(model, type) and issubclass(model, PreTrainedModel) else None
 
 
 @functools.cache
-def _model_class(host):
+def _model_class(host, config_class):
     name = "Gravity" + host.__name__
     _inherit_weight_conversions(host.__name__, name)
     keep = {*(getattr(host, "_keep_in_fp32_modules_strict", None) or ()), "gravity"}
-    body = {
-        "config_class": _config_class(host.config_class),
-        "_keep_in_fp32_modules_strict": keep,
-        "__module__": __name__,
-    }
-    _list_name(host, name)
-    return type(name, (GravityHost, host), body)
-
-
-def _list_name(host, name):
+    body = {"config_class": config_class, "_keep_in_fp32_modules_strict": keep}
     # Trainer's label smoothing shifts labels only for classes that it finds in these tables.
-    for auto in vars(modeling_auto).values():
-        mapping = auto._model_mapping if hasattr(auto, "_model_mapping") else None
-        if mapping is not None and mapping.get(host.config_class, None) is host:
-            mapping._model_mapping["gravity_" + host.config_class.model_type] = name
+    for mapping in _auto_mappings():
+        if _class_in(mapping, config_class.__base__) is host:
+            mapping._model_mapping[config_class.model_type] = name
+    return type(name, (GravityHost, host), {**body, "__module__": __name__})
 
 
 def _inherit_weight_conversions(host, name):
@@ -427,8 +495,8 @@ def _inherit_weight_conversions(host, name):
 def __getattr__(name):
     host = getattr(transformers, name.removeprefix("Gravity"), None)
     if name.startswith("Gravity") and isinstance(host, type):
-        if issubclass(host, PreTrainedConfig):
+        if issubclass(host, transformers.PreTrainedConfig):
             return _config_class(host)
         if issubclass(host, PreTrainedModel):
-            return _model_class(host)
+            return _model_class(host, _config_class(host.config_class))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

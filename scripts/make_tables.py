@@ -373,7 +373,31 @@ def support(table: SupportTable | None = None) -> str:
     )
 
 
+def parallel() -> str:
+    """Two processes against one: the last loss, and the largest difference of any step's."""
+    files = {"all weights": "fsdp2.json", "LoRA": "two_processes_cuda.json"}
+    rows, conditions = [], {}
+    for trained, name in files.items():
+        report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        conditions, runs = report["conditions"], report["runs"]
+        for run, result in runs.items():
+            strategy, dtype = run.split("-")
+            peer = runs[f"single-{dtype}" if strategy != "single" else "single-float32"]["losses"]
+            gap = max(abs(a - b) for a, b in zip(result["losses"], peer, strict=True))
+            against = "one process" if strategy != "single" else "float32"
+            title = f"{trained}, {report['settings']['steps']} steps, {strategy}, {dtype}"
+            shown = "–" if run == "single-float32" else f"{gap:.2g} from {against}"
+            rows.append([title, f"{result['losses'][-1]:.4f}", shown])
+    device, versions = conditions["device"], conditions["versions"]
+    return (
+        markdown(["trained, beside float32 masses", "last loss", "largest difference"], rows)
+        + f"\n2 x {device}, NCCL, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, {conditions['date'][:10]}.\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "parallel": parallel,
     "support": support,
     "conversion": conversion,
     "recipes": recipes,

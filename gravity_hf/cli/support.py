@@ -53,7 +53,7 @@ def _show_summary(console: Console, table: SupportTable) -> None:
 
     shown = Table(box=None, padding=(0, 1), header_style="bold")
     for column, title in enumerate(SUMMARY_HEADERS):
-        shown.add_column(title, justify="right" if column else "left")
+        shown.add_column(title, justify="right" if column else "left", no_wrap=not column)
     for row in summary(table):
         shown.add_row(*row)
     console.print(shown)

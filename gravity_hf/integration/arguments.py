@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.reference import split_mask
 from .masks import causal_mask, ordinary
 from .support import CAUSAL_IN_NAME_ONLY, refuse_arguments
 
@@ -84,9 +85,10 @@ def fold(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """An additive mask that hides what `mask` hides and adds `bias` to the rest."""
     if bias is None or mask is None:
         return mask if bias is None else bias
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
-    return mask + bias.to(mask.device)
+    # Told apart first: the lowest value of one dtype is not that of another.
+    visible, added = split_mask(mask.to(bias.device))
+    total = bias if added is None else bias + added
+    return torch.where(visible, total, torch.finfo(total.dtype).min)
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -36,7 +36,13 @@ def name_gravity(model: PreTrainedModel) -> None:
             config._attn_implementation_internal = ATTENTION_NAME
 
 
-def restore_attention(model: nn.Module, implementations: Iterable[str | None]) -> None:
-    """Undo `name_gravity`: one name for each of `configs_of(model)`."""
-    for config, implementation in zip(configs_of(model), implementations, strict=True):
+def restore_attention(
+    model: PreTrainedModel, originals: Iterable[tuple[PreTrainedConfig, str | None]]
+) -> None:
+    """Undo `name_gravity`: every config gets its name back; one that came later, or of which
+    nothing is known, the host's default."""
+    for config, implementation in originals:
         config._attn_implementation_internal = implementation
+    for config in configs_of(model):
+        if config._attn_implementation == ATTENTION_NAME:
+            config._attn_implementation_internal = model.get_correct_attn_implementation(None)

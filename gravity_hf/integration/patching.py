@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from .carrier import is_served
 from .hosts import (
     CLASS_PREFIX,
     GravityHost,
+    GravityHostConfig,
     gravity_config_class,
     gravity_model_class,
     gravity_modules,
@@ -132,12 +133,8 @@ def unpatch_gravity(model: Model) -> Model:
         raise RuntimeError(f"unpatch_gravity: {type(model).__name__} is not patched")
     for name in gravity_modules(model):
         del model.get_submodule(name).gravity
-    originals = model.__dict__.pop("_gravity_host_attention", None)
-    if originals is None:  # loaded from a checkpoint, never anything else in this process
-        originals = itertools.repeat(
-            model.get_correct_attn_implementation(None), len(configs_of(model))
-        )
-    restore_attention(model, originals)
+    # None of a model that was loaded from a checkpoint: never anything else in this process.
+    restore_attention(model, model.__dict__.pop("_gravity_host_attention", ()))
     host_config = model.config
     for key in ("gravity", "auto_map"):
         host_config.__dict__.pop(key, None)
@@ -182,9 +179,14 @@ def _implementation(model: nn.Module, settings: GravityConfig) -> tuple[str, str
         return settings.implementation, "as the settings name it"
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     device = execution_device(model) or torch.device("cpu")
+    return explain_implementation(
+        device, next(dtypes, torch.get_default_dtype()), _softcap_of(model)
+    )
+
+
+def _softcap_of(model: nn.Module) -> float | None:
     caps = (getattr(m, "attn_logit_softcapping", None) for m in model.modules())
-    softcap = next((cap for cap in caps if cap is not None), None)
-    return explain_implementation(device, next(dtypes, torch.get_default_dtype()), softcap)
+    return next((cap for cap in caps if cap is not None), None)
 
 
 def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
@@ -200,7 +202,14 @@ def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
             f"patch_with_gravity: already patched with {settings_of(model)}, asked for "
             f"{settings}. Call unpatch_gravity(model) first"
         )
+    if isinstance(model.config, GravityHostConfig):
+        raise ValueError(
+            f"patch_with_gravity: expected a config of the model's own, got one that another "
+            f"patched model uses too ({type(model.config).__name__}). Build each model from "
+            "copy.deepcopy(config); of a part of a model, patch the whole"
+        )
     sites = select_sites(find_attention_sites(model), settings)
+    _check_implementation(model, sites, settings.implementation)
     for site in sites:
         if hasattr(site.module, "gravity"):
             raise ValueError(
@@ -225,8 +234,24 @@ def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
     return _Plan(children, settings, model_class, config_class)
 
 
+def _check_implementation(
+    model: nn.Module, sites: Iterable[AttentionSite], implementation: str
+) -> None:
+    """Raise ValueError if the implementation named lacks a term of the host's attention."""
+    term = None
+    if implementation in ("flex", "triton") and _softcap_of(model) is not None:
+        term = "capped scores"
+    elif implementation == "flex" and any(hasattr(site.module, "sinks") for site in sites):
+        term = "attention sinks"
+    if term is not None:
+        raise ValueError(
+            f"GravityConfig.implementation: expected one that serves {term}, which "
+            f"{type(model).__name__} has, got {implementation!r}. Use 'auto' or 'chunked'"
+        )
+
+
 def _apply(model: PreTrainedModel, plan: _Plan) -> None:
-    originals = [config._attn_implementation for config in configs_of(model)]
+    originals = [(config, config._attn_implementation) for config in configs_of(model)]
     name_gravity(model)
     for site, _ in plan.children:
         reached = getattr(site.module, "config", model.config)._attn_implementation

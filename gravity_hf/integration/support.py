@@ -8,6 +8,7 @@ from typing import Any
 # Keyword arguments of attention calls that change the mathematics and have no meaning here yet.
 REFUSED_ARGUMENTS = {
     "cache": "a paged cache (continuous batching)",
+    "read_index": "places in a paged cache (continuous batching)",
 }
 
 # Classes that look their attention up in transformers' registry, yet not for attention between
@@ -34,5 +35,6 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
         if arguments.get(name) is not None:
             raise ValueError(
                 f"gravity attention cannot honour argument `{name}`: {meaning}. Expected a call "
-                "without it; unpatch_gravity(model) for this use, or use another host"
+                "without it, or one inside `with gravity_serving(model):`, set up, run and stopped "
+                "there"
             )

@@ -252,7 +252,7 @@ def promise_counts(table: SupportTable) -> list[tuple[str, ...]]:
     """Of the patched model types: how many keep each promise, how many it does not apply to, and
     how many break it; rows under `PROMISE_HEADERS`."""
     patched = [record for record in table.records.values() if record.promises]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, meaning in PROMISES.items():
         kept = sum(name in record.kept for record in patched)
         broken = sum(name in record.broken for record in patched)

@@ -219,7 +219,7 @@ def test_flash_is_never_put_in_place_of_gravity(
     with gravity_serving(model):
         assert_same(batched(model), expected)
         assert model.config._attn_implementation == CARRIER_NAME
-    with pytest.raises(ValueError, match="expected attn_implementation 'gravity'"):
+    with pytest.raises(ValueError, match="gravity_serving"):
         batched(model)
 
 
@@ -299,3 +299,22 @@ def test_a_gpu_batches_as_it_generates(implementation: str) -> None:
     expected = [_generated(model, torch.tensor([prompt], device="cuda")) for prompt in PROMPTS]
     with gravity_serving(model):
         assert_same(batched(model), expected)
+
+
+def test_a_manager_that_starts_after_the_context_gives_no_text_of_its_own():
+    """The batcher makes its mask when it starts: outside, requests would see each other."""
+    model = gravity_host()
+    with gravity_serving(model):
+        manager = model.init_continuous_batching(
+            generation_config=GREEDY, continuous_batching_config=batching()
+        )
+    manager.start()
+    try:
+        ids = [manager.add_request(prompt, max_new_tokens=6) for prompt in PROMPTS]
+        results = [manager.get_result(request_id=name, timeout=20) for name in ids]
+    except Exception as error:
+        assert "gravity_serving" in str(error)
+        return
+    finally:
+        manager.stop(block=True, timeout=20)
+    assert all(result is None or result.error is not None for result in results)

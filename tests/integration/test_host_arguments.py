@@ -13,12 +13,13 @@ from torch import nn
 
 from gravity_hf import GravityConfig, calibrate, patch_with_gravity
 from gravity_hf.integration import attention
-from gravity_hf.integration.arguments import terms_of_call
+from gravity_hf.integration.arguments import fold, terms_of_call
 from gravity_hf.integration.attention import gravity_attention_forward
 from gravity_hf.integration.hosts import gravity_modules
 from gravity_hf.integration.masks import gravity_mask
 from gravity_hf.integration.observers import Moments
 from gravity_hf.layers.parameters import GravityParameters
+from gravity_hf.ops.reference import split_mask
 
 ASKING = (
     "a cap on the scores",
@@ -336,3 +337,10 @@ def test_arguments_without_a_meaning_are_refused_by_name():
     """F15: swallowed in **kwargs they would be silently wrong."""
     with pytest.raises(ValueError, match="argument `cache`: a paged cache"):
         called(cache=object())
+
+
+def test_what_a_half_precision_mask_hides_stays_hidden_under_a_float32_bias():
+    mask = torch.tensor([[0.0, torch.finfo(torch.float16).min]], dtype=torch.float16)
+    bias = torch.tensor([[1.0, 2.0]])
+    visible, added = split_mask(fold(mask[None, None], bias[None, None]))
+    assert visible.flatten().tolist() == [True, False] and added.flatten()[0] == 1.0

@@ -285,3 +285,29 @@ def test_two_models_of_one_class_do_not_touch_each_other():
     patch_with_gravity(patched)
     assert torch.equal(logits(other, inputs), before)
     assert other.config.model_type == "qwen2"
+
+
+def test_two_models_of_one_config_object_are_refused_before_anything_changes():
+    first = tiny_host("qwen2")
+    second = type(first)(first.config)
+    patch_with_gravity(first)
+    with pytest.raises(ValueError, match=r"copy.deepcopy\(config\)"):
+        patch_with_gravity(second)
+    assert gravity_modules(second) == {} and type(second).__name__ == "Qwen2ForCausalLM"
+
+
+@pytest.mark.parametrize("implementation", ["flex", "triton"])
+def test_an_implementation_without_the_host_s_cap_is_refused_when_patching(implementation):
+    model = tiny_host("a cap on the scores")
+    with pytest.raises(ValueError, match="serves capped scores.*'auto' or 'chunked'"):
+        patch_with_gravity(model, GravityConfig(implementation=implementation))
+    assert not gravity_status(model).patched
+
+
+def test_a_part_with_a_config_that_came_after_patching_does_not_stop_unpatching():
+    model, inputs = tiny_host("qwen2"), tiny_inputs("qwen2")
+    before = logits(model, inputs)
+    patch_with_gravity(model)
+    model.value_head = tiny_host("bert")
+    unpatch_gravity(model)
+    assert torch.equal(logits(model, inputs), before)

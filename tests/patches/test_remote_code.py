@@ -21,7 +21,9 @@ import sys
 sys.modules["gravity_hf"] = None
 import safetensors.torch, torch, transformers
 for folder in sys.argv[1:]:
-    head = "MaskedLM" if "bert" in folder else "Seq2SeqLM" if "t5" in folder else "CausalLM"
+    heads = {"bert": "MaskedLM", "t5": "Seq2SeqLM", "labels": "SequenceClassification"}
+    name = folder.rpartition("/")[2]
+    head = next((heads[key] for key in heads if key in name), "CausalLM")
     auto = getattr(transformers, "AutoModelFor" + head)
     model = auto.from_pretrained(folder, trust_remote_code=True)
     # What Trainer's label smoothing and pipelines look a class up in.
@@ -30,7 +32,7 @@ for folder in sys.argv[1:]:
     inputs = safetensors.torch.load_file(folder + "/inputs")
     with torch.no_grad():
         result = {"logits": model(**inputs).logits}
-    if "bert" not in folder:
+    if hasattr(model, "generate") and head != "MaskedLM":
         generated = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
         result["generated"] = generated
     model.save_pretrained(folder + "/again")
@@ -54,7 +56,15 @@ CASES = {
     "gemma2": ("a cap on the scores", {}, 1.0),
     "gpt_oss": ("attention sinks", {}, 1.0),
     "t5": ("a learned position bias", {}, 1.0),
+    "qwen2_labels": ("a head on a base model", {"layers": (0, 2)}, 1.0),
+    "exaone": ("another type's classes", {}, 1.0),
     "deepseek_v32": ("keys chosen by an indexer", {"law": "power"}, 1.0),
+}
+
+# Hosts of a type whose head is of the general kind, and of a type that has no code of its own.
+BUILT_FROM = {
+    "a head on a base model": ("qwen2", "Qwen2Config", "Qwen2ForSequenceClassification"),
+    "another type's classes": ("llama", "ExaoneConfig", "LlamaForCausalLM"),
 }
 
 # What an export may name for the library's use; the file beside it has one way to compute.

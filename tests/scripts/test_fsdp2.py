@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -58,3 +59,9 @@ def test_a_run_that_breaks_a_promise_fails_the_verdict(field, value, failed, ver
     runs = copy.deepcopy(RUNS)
     runs["fsdp2-bfloat16"][field] = value
     assert [name for name, entry in verdict(runs).items() if not entry["holds"]] == [failed]
+
+
+def test_the_committed_result_holds():
+    report = json.loads((EXPERIMENTS / "results" / "fsdp2.json").read_text(encoding="utf-8"))
+    assert report["conditions"]["backend"] == "nccl" and report["conditions"]["devices"] == 2
+    assert [name for name, entry in report["holds"].items() if not entry["holds"]] == []

@@ -201,6 +201,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "sam3_lite_text_text_model": {"num_hidden_layers": 4},
+    "sam3_vit_model": {"window_size": 2},
     "sam_hq_vision_model": {"num_pos_feats": 32},
     "sam_vision_model": {"num_pos_feats": 32},
     "sapiens2_head": {

@@ -67,6 +67,14 @@ def test_a_host_that_amplifies_everything_is_told_from_a_weak_gravity(monkeypatc
     assert weak.kind == "wrong" and "the attention outputs are within" in weak.reason
 
 
+def test_an_output_that_is_elsewhere_by_dot_product_too_is_no_sensitivity():
+    """What the way to attention loses moves the control as well: it excuses nothing."""
+    calibration = calibration_of(bert())
+    calibration.host = -calibration.host
+    calibration.nearness = nearness.Nearness.of(calibration.output, calibration.host)
+    assert calibration.check_calibrated().kind == "wrong"
+
+
 def test_a_weak_gravity_on_a_steady_host_is_wrong(monkeypatch):
     true = attention.gravity_attention
     monkeypatch.setattr(attention, "gravity_attention", lambda *a, **k: -true(*a, **k))
@@ -88,7 +96,7 @@ def test_the_control_moves_the_attention_as_far_as_gravity_does():
     patch_with_gravity(model)
     calibrate(model, [inputs], softness=4.0, progress=False)
     gravity = nearness.relative_distance(sight(model, inputs, True), host)
-    found = sensitivity_of(model, inputs, host, sight)
+    found = sensitivity_of(model, inputs, sight)
     # Both are errors of one size, and cosines see the part of them that is across.
     assert gravity > 1e-3
     assert 1 - gravity**2 < found.moved < 1.0

@@ -8,16 +8,25 @@ import pytest
 import torch
 from hosts import tiny_host
 from integration.sweep import checks, nearness
+from integration.sweep.configs import tiny_model
 from integration.sweep.examine import examine_model
 from integration.sweep.inputs import tiny_inputs_of
-from integration.sweep.outcomes import collapsed, regressions, silent_failures
+from integration.sweep.outcomes import (
+    collapsed,
+    regressions,
+    regressions_elsewhere,
+    silent_failures,
+)
 from integration.sweep.parts import named_types, part_of
 from integration.sweep.probe import in_budgets, probing
 from integration.sweep.processes import examine_all
 from integration.sweep.sight import whole_model
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from gravity_hf import patch_with_gravity
 from gravity_hf.integration import attention
+from gravity_hf.integration.masks import gravity_mask
 from gravity_hf.integration.support_table import PROMISES, SupportRecord
 
 
@@ -103,6 +112,39 @@ def test_a_lost_mask_is_seen(monkeypatch):
     assert calibration.check_converges().kind == "wrong"
 
 
+_LOST = {
+    "padding": {"attention_mask": None},
+    "windows": {"mask_function": causal_mask_function},
+}
+
+
+@pytest.mark.parametrize("lost", _LOST)
+@pytest.mark.parametrize("model_type", ["mistral", "gpt_oss", "gemma2"])
+def test_what_the_mask_function_loses_is_never_excused(monkeypatch, model_type, lost):
+    """On a host with windows, one without SDPA but with sinks, and one with capped scores."""
+    monkeypatch.setitem(
+        AttentionMaskInterface._global_mapping,
+        "gravity",
+        lambda **given: gravity_mask(**{**given, **_LOST[lost]}),
+    )
+    record = examine_model(model_type, tiny_model(model_type, 0))
+    assert record.promises["correct"] == "passed", "gravity itself is right on what it is given"
+    assert {"host", "converges"} <= set(record.broken)
+    assert record.status == "partly" and silent_failures(record)
+
+
+def test_a_small_loss_is_seen_by_the_host_s_own_attention(monkeypatch):
+    """Far less than gravity's own distance at softness 16, where `converges` cannot see it."""
+    model = tiny_host("qwen2", num_hidden_layers=1)
+    inputs = tiny_inputs_of(model, 1)
+    host = checks.HostState.of(model, inputs)
+    patch_with_gravity(model)
+    assert nearness.check_host(model, inputs, host).passed
+    true = attention.dot_product_attention
+    monkeypatch.setattr(attention, "dot_product_attention", lambda *a: (1.001 * true(*a)[0], None))
+    assert nearness.check_host(model, inputs, host).kind == "wrong"
+
+
 def test_a_host_that_is_not_given_back_is_seen():
     model = bert()
     inputs = tiny_inputs_of(model, 1)
@@ -130,6 +172,22 @@ def test_a_regression_is_a_promise_that_was_kept(record):
     gone = SupportRecord("bert", "text encoder", status="not built", reason="no library")
     assert len(regressions(gone, record)) == len(record.kept)
     assert regressions(record, gone) == []
+
+
+def test_another_transformers_does_not_excuse_that_gravity_does_not_run(record):
+    refused = SupportRecord("bert", "text encoder", status="refused", reason="by name")
+    broken = {**record.promises, "reached": "raised: TypeError: x", "correct": "wrong: 2"}
+    broken = dataclasses.replace(record, status="partly", promises=broken)
+    assert regressions_elsewhere(record, record) == []
+    assert regressions_elsewhere(refused, record) == [
+        f"{name}: not tried, refused: by name" for name in ("patched", "reached", "correct")
+    ]
+    assert regressions_elsewhere(broken, record) == [
+        "correct: wrong: 2",
+        "reached: raised: TypeError: x",
+    ]
+    assert regressions_elsewhere(refused, refused) == []
+    assert regressions_elsewhere(broken, refused) == ["correct: wrong: 2"]
 
 
 def test_only_wrong_numbers_are_silent_failures(record):
