@@ -138,5 +138,5 @@ def test_support_shows_every_category_and_where_it_was_examined(tables):
     lines = tables.support(SupportTable(versions, "2026-11-26", "012", {"qwen2": record}))
     lines = lines.splitlines()
     assert lines[0].startswith("| kind of model | model types | built |")
-    assert lines[2] == "| causal LM | 1 | 1 | 0 | 0 | 0 | 0 | 1 | 0 | 0 |"
+    assert lines[2] == "| causal LM | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 1 | 0 | 0 |"
     assert lines[-1] == "transformers 5.24.0, torch 2.13.0, commit 012, 2026-11-26."

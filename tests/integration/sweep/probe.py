@@ -14,6 +14,7 @@ from gravity_hf.integration.arguments import terms_of_call
 from gravity_hf.integration.attention import AttentionCall
 from gravity_hf.integration.hosts import gravity_modules
 from gravity_hf.integration.masks import ordinary
+from gravity_hf.integration.support import CAUSAL_IN_NAME_ONLY
 from gravity_hf.layers.parameters import GravityTerms
 from gravity_hf.ops.reference import gravity_attention_reference, split_mask
 
@@ -147,6 +148,9 @@ def in_budgets(actual: Tensor, exact: Tensor, rounded: Tensor, *nearby: Tensor) 
 def _mask(call: AttentionCall) -> Tensor | None:
     """The call's mask, with a position bias in it and without the keys that an indexer left out."""
     mask = ordinary(call.mask)
+    if mask is None and _is_causal(call):
+        mask = torch.ones(call.query.shape[2], call.key.shape[2], dtype=torch.bool).tril()
+        mask = mask[None, None]
     if mask is not None and mask.dim() == 2:  # raw padding, not 0 = real
         mask = (mask != 0)[:, None, None]
     bias, indices = call.arguments.get("position_bias"), call.arguments.get("indices")
@@ -158,6 +162,15 @@ def _mask(call: AttentionCall) -> Tensor | None:
     if indices is not None and indices.shape[-1] < call.key.shape[2]:
         mask = _only(indices, mask, call.key.shape[2])
     return mask
+
+
+def _is_causal(call: AttentionCall) -> bool:
+    """Of a call without a mask, by its own word or the module's; `check_host` knows better where
+    that is not what the host does."""
+    said = call.arguments.get("is_causal")
+    if said is None and type(call.module).__name__ not in CAUSAL_IN_NAME_ONLY:
+        said = getattr(call.module, "is_causal", False)
+    return bool(said) and call.query.shape[2] > 1
 
 
 def _biased(mask: Tensor | None, bias: Tensor) -> Tensor:

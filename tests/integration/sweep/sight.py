@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gravity_hf.integration.attention import AttentionCall
 from gravity_hf.integration.hosts import gravity_modules
+from gravity_hf.ops.reference import split_mask
 
 from .inputs import floating_tensors, main_output
 
@@ -67,10 +68,22 @@ class AttentionOutputs:
 
 
 class DotProduct(NamedTuple):
-    """An observer: the host's attention on what gravity is given."""
+    """An observer: the host's attention on what gravity is given.
+
+    Attributes:
+        zeros: whether queries that see no key give zeros, as of SDPA; else what the attention makes
+            of a mask that hides everything, the mean of the values as a rule.
+    """
+
+    zeros: bool = False
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        return call.dot_product()
+        output, weights = call.dot_product()
+        mask = call.host_terms.folded_mask
+        if not self.zeros or mask is None:
+            return output, weights
+        seeing = split_mask(mask)[0].any(-1).transpose(1, 2).unsqueeze(-1)
+        return output.masked_fill(~seeing, 0.0), weights
 
 
 class _Moved(NamedTuple):
