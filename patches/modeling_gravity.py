@@ -58,7 +58,8 @@ class GravityParameters(nn.Module):
 
     def __init__(self, settings, query_heads, key_value_heads):
         super().__init__()
-        self.settings, self.query_heads = settings, query_heads
+        self.settings = settings
+        self.query_heads, self.key_value_heads = query_heads, key_value_heads
         counts = {"query_head": query_heads, "kv_head": key_value_heads, "layer": 1}
         self.mass_count = counts[settings["mass_per"]]
         # Values come from the checkpoint; `from_pretrained` below insists on it.
@@ -81,8 +82,7 @@ class GravityParameters(nn.Module):
 
 
 class Law:
-    """Scores of one attention module from squared distances: `M^2/(d^2+eps)` (force) or
-    `-M^2 ln(d^2+eps)` (power)."""
+    """Scores of one module: `M^2/(d^2+eps)` (law force) or `-M^2 ln(d^2+eps)` (law power)."""
 
     def __init__(self, gravity, groups):
         mass, softening, radius_sq = gravity()
@@ -205,8 +205,7 @@ def _dot_product(module, query, key, value, mask, **kwargs):
         if mask is None:
             kwargs["is_causal"] = False
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    if kwargs["scaling"] is None:
-        kwargs["scaling"] = query.shape[-1] ** -0.5
+    kwargs["scaling"] = kwargs["scaling"] or query.shape[-1] ** -0.5
     if mask is not None and mask.dtype == torch.bool:
         nothing = torch.zeros((), dtype=query.dtype, device=mask.device)
         mask = torch.where(mask, nothing, torch.finfo(query.dtype).min)
@@ -248,8 +247,7 @@ def _visible_and_bias(module, query, key, mask, arguments):
 
 def _selected_only(module, query, key, mask, arguments):
     """The mask without the keys that the host's own sparse indexer left out."""
-    indices, blocks = arguments.get("indices"), arguments.get("block_indices")
-    keys = key.shape[2]
+    indices, blocks, keys = arguments.get("indices"), arguments.get("block_indices"), key.shape[2]
     if blocks is not None:
         positions = arguments.get("position_ids")
         if positions is None:
@@ -260,8 +258,7 @@ def _selected_only(module, query, key, mask, arguments):
     if indices is None:
         return mask
     # One column more takes what selects nothing.
-    shape = (*indices.shape[:2], keys + 1)
-    selected = torch.zeros(shape, dtype=torch.bool, device=indices.device)
+    selected = indices.new_zeros(*indices.shape[:2], keys + 1, dtype=torch.bool)
     indices = torch.where(indices < 0, keys, indices).long()
     selected = selected.scatter(-1, indices, torch.ones_like(indices, dtype=torch.bool))
     selected = selected[:, None, :, :-1]

@@ -128,9 +128,8 @@ def _only_selected(key: Tensor, mask: Tensor | None, indices: Tensor) -> Tensor:
     selected = torch.zeros(
         batch, queries, key.shape[2] + 1, dtype=torch.bool, device=indices.device
     )
-    selected = selected.scatter(
-        -1, torch.where(indices < 0, key.shape[2], indices).long(), torch.ones_like(selected)
-    )
+    chosen = torch.where(indices < 0, key.shape[2], indices).long()
+    selected = selected.scatter(-1, chosen, torch.ones_like(chosen, dtype=torch.bool))
     selected = selected[:, None, :, :-1]
     mask = ordinary(mask)
     if mask is None:

@@ -9,8 +9,9 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from helpers import assert_within_budget
-from hosts import logits, tiny_host, tiny_inputs
+from hosts import FAMILIES, logits, tiny_host, tiny_inputs
 
 from gravity_hf import GravityConfig, calibrate, patch_with_gravity
 from gravity_hf.integration.hosts import gravity_modules
@@ -75,7 +76,14 @@ def build(case):
     family, options, softness = CASES[case]
     tying = {k: v for k, v in options.items() if k == "tie_word_embeddings"}
     settings = {k: v for k, v in options.items() if k not in tying}
-    model = patch_with_gravity(tiny_host(family, **tying), GravityConfig(**settings))
+    if family in BUILT_FROM:
+        family, config_class, model_class = BUILT_FROM[family]
+        torch.manual_seed(0)
+        config = getattr(transformers, config_class)(**FAMILIES[family][2])
+        host = getattr(transformers, model_class)(config).eval()
+    else:
+        host = tiny_host(family, **tying)
+    model = patch_with_gravity(host, GravityConfig(**settings))
     if softness is not None:
         calibrate(model, [tiny_inputs(family)], softness=softness)
     inputs = {name: tensor.clone() for name, tensor in tiny_inputs(family).items()}
@@ -114,7 +122,7 @@ def test_an_export_gives_the_same_logits_without_the_library(case, exports):
     # Fused experts have no float64.
     model.set_experts_implementation("eager")
     exact = logits(model.double(), inputs)
-    real = inputs["attention_mask"].bool()
+    real = inputs["attention_mask"].bool() if ours.dim() == 3 else slice(None)
     assert_within_budget("remote", remote["logits"][real], exact[real], peer[real], factor=3)
     assert_within_budget("library", ours[real], exact[real], peer[real], factor=3)
     assert torch.equal(remote["again"], remote["logits"])
@@ -153,7 +161,7 @@ def test_the_remote_file_knows_exactly_the_library_s_settings():
     assert modeling_gravity.CAUSAL_IN_NAME_ONLY == CAUSAL_IN_NAME_ONLY
     assert modeling_gravity.VERSION == CONFIG_VERSION
     assert modeling_gravity.EPSILON_FLOOR == EPSILON_FLOOR
-    assert set(modeling_gravity.REFUSED_ARGUMENTS) == set(REFUSED_ARGUMENTS)
+    assert modeling_gravity.REFUSED_ARGUMENTS.keys() == REFUSED_ARGUMENTS.keys()
 
 
 def test_the_remote_file_imports_only_torch_and_transformers():
@@ -168,4 +176,5 @@ def test_the_remote_file_imports_only_torch_and_transformers():
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             imported.add(node.module.split(".")[0])
-    assert imported <= {"dis", "functools", "inspect", "sys", "torch", "transformers", "types"}
+    standard = {"dis", "functools", "inspect", "sys", "threading", "types"}
+    assert imported <= {*standard, "torch", "transformers"}

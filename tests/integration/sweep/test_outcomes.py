@@ -197,7 +197,7 @@ def test_only_wrong_numbers_are_silent_failures(record):
     assert silent_failures(record) == []
     assert silent_failures(with_outcome("cached", "raised: ValueError: no")) == []
     assert silent_failures(with_outcome("calibrated", "wrong: the lowest cosine is 0.9")) == []
-    assert silent_failures(with_outcome("converges", "wrong: 1")) == ["converges: wrong: 1"]
+    assert silent_failures(with_outcome("host", "wrong: 1")) == ["host: wrong: 1"]
 
 
 def test_module_names_are_collapsed():
