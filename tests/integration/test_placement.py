@@ -22,7 +22,8 @@ PARTS = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
 LAYERS = [f"model.layers.{i}" for i in range(3)]
 MAPS = {
     "one device": {"device_map": {"": "cpu"}},
-    "auto": {"device_map": "auto"},
+    # Without GPUs, whose numbers are not bit for bit a CPU's.
+    "auto": {"device_map": "auto", "max_memory": {"cpu": 10**9}},
     "auto, memory for a part": {"device_map": "auto", "max_memory": {"cpu": 200_000}},
     # The first parameter of the model is then nowhere between two calls.
     "all but the head on disk": {
