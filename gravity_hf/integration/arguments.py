@@ -65,7 +65,7 @@ def terms_of_call(
     refuse_arguments(arguments)
     mask = _padding_as_mask(mask)
     if mask is None and _is_causal_unsaid(module, query, arguments):
-        mask = causal_mask(query.shape[2], key.shape[2], query.device)
+        mask = causal_mask(query, key.shape[2])
     indices, blocks = arguments.get("indices"), arguments.get("block_indices")
     if blocks is not None:
         mask = _only_blocks(module, query, key, mask, blocks, arguments.get("position_ids"))

@@ -37,7 +37,7 @@ def dot_product_attention(
     more = (terms.bias, terms.softcap, terms.sinks, terms.head_mask)
     if any(term is not None for term in more) or arguments.get("output_attentions"):
         return _eager(module, query, key, value, terms, dropout, scaling, arguments)
-    # Our mask function leaves no mask only where everything is attended: SDPA must not guess.
+    # `terms_of_call` leaves no mask only where everything is attended: SDPA must not guess.
     causality = {"is_causal": False} if terms.mask is None else {}
     return sdpa_attention_forward(
         module,

@@ -189,11 +189,25 @@ def gravity_mask(
     return DeferredMask.of((batch_size, 1, q_length, kv_length), dtype, device, make, visible)
 
 
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Bool `[1, 1, Tq, Tk]`: query i sees keys up to i, counted from the first of both."""
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
-    # The operator's flag counts from the last of both.
-    return _noted(mask, VisibleKeys(causal=True)) if queries == keys else mask
+def causal_mask(query: Tensor, keys: int) -> Tensor:
+    """Query i of `[B, H, Tq, D]` sees keys up to i, counted from the first of both: `[1, 1, Tq,
+    Tk]`, additive and deferred where the operator's flag, which counts from the last, says it."""
+    queries, device = query.shape[2], query.device
+
+    def shown() -> Tensor:
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
+
+    if torch.compiler.is_compiling() or queries != keys:
+        return _noted(shown(), VisibleKeys(causal=True)) if queries == keys else shown()
+
+    def values() -> Tensor:
+        # Only tensors made outside of inference mode count their changes.
+        with torch.inference_mode(False):
+            nothing = torch.zeros((), dtype=query.dtype, device=device)
+            return torch.where(shown(), nothing, torch.finfo(query.dtype).min)
+
+    shape = (1, 1, queries, keys)
+    return DeferredMask.of(shape, query.dtype, device, values, VisibleKeys(causal=True))
 
 
 def visible_keys_of(mask: Tensor | None) -> VisibleKeys | None:

@@ -148,7 +148,7 @@ def test_a_host_that_makes_no_mask_and_is_causal_stays_causal(layers):
     patch_with_gravity(model, GravityConfig(layers=layers))
     changed = {name: tensor.clone() for name, tensor in inputs.items()}
     changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % 5
-    with torch.no_grad():
+    with torch.inference_mode():
         before, after = (main_output(model(**x)) for x in (inputs, changed))
     assert not torch.equal(before[:, -1], after[:, -1])
     torch.testing.assert_close(before[:, :-1], after[:, :-1])
