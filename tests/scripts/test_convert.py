@@ -123,8 +123,10 @@ def test_two_processes_give_what_one_gives_and_save_it_whole(host: Path, tmp_pat
     assert done.stdout.count("Saved to") == 1
     found, expected = tensors(two), tensors(one)
     assert found.keys() == expected.keys()
+    # Whole tensors: Adam turns the rounding of a gradient near zero into a step of its own size,
+    # so that single elements say nothing. Another order of the data moves adapters by far more.
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
     for key, row in rows_of(one).items():
         assert rows_of(two)[key]["loss"] == pytest.approx(row["loss"], abs=1e-5)
 
