@@ -20,29 +20,23 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from transformers import conversion_mapping as renamings
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.auto import modeling_auto
 
 # Not "gravity": that name belongs to the library, which may be imported in the same process.
 ATTENTION_NAME = "gravity_remote"
+# What config.json names: nobody registers it, so the host's own class refuses to be built.
+EXPORT_NAME = "gravity-only: load by an Auto class with gravity_hf or trust_remote_code=True"
+OURS = (None, ATTENTION_NAME, EXPORT_NAME)
 VERSION = 1
 SETTINGS = {"epsilon", "mass_init", "mass_per", "law", "distance", "learn_softening", "layers"}
 SETTINGS |= {"implementation", "softness", "max_kl", "version"}
-REFUSED_ARGUMENTS = {
-    "cache": "a paged cache (continuous batching)",
-    "read_index": "where a paged cache is read (continuous batching)",
-}
+PAGED = "a paged cache (continuous batching)"
+REFUSED_ARGUMENTS = {"cache": PAGED, "read_index": PAGED}
 # Classes that look attention up for something else than attention between tokens.
-NO_HEADS = (
-    "Inkling2BlockAttentionResidual",
-    "Inkling2LoopBlockAttentionResidual",
-    "Inkling2LoopMessageAttentionResidual",
-)
+NO_HEADS = tuple(f"Inkling2{x}AttentionResidual" for x in ("Block", "LoopBlock", "LoopMessage"))
 # Towers whose attention inverts its mask: right for a boolean one only.
 BOOLEAN_MASKS = ("nemotron_asr_streaming_encoder",)
 # Classes whose `is_causal` is set and not meant: their hosts know eager attention only.
@@ -67,16 +61,14 @@ class GravityParameters(nn.Module):
         if settings["learn_softening"]:
             self.softening_log = nn.Parameter(torch.zeros(query_heads, dtype=torch.float32))
         if settings["distance"] == "lifted":
-            radius_sq = torch.zeros(key_value_heads, dtype=torch.float32)
-            self.register_buffer("key_radius_sq", radius_sq)
+            self.register_buffer("key_radius_sq", torch.zeros(key_value_heads, dtype=torch.float32))
 
     def forward(self):
         mass = F.softplus(self.mass_log.float())
         mass = mass.repeat_interleave(self.query_heads // self.mass_count)
+        softening = torch.full_like(mass, self.settings["epsilon"])
         if self.settings["learn_softening"]:
             softening = F.softplus(self.softening_log.float()).clamp(min=EPSILON_FLOOR)
-        else:
-            softening = torch.full_like(mass, self.settings["epsilon"])
         lifted = self.settings["distance"] == "lifted"
         return mass, softening, self.key_radius_sq.float() if lifted else None
 
@@ -154,9 +146,8 @@ def gravity_attention_forward(
     softcap, sinks, head_mask = (kwargs.get(x) for x in ("softcap", "s_aux", "head_mask"))
     sinks = _per_head(kwargs.get("sinks") if sinks is None else sinks)
     sinks, head_mask = None if sinks is None else sinks.float(), _per_head(head_mask)
-    rows = max(1, BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-    if kwargs.get("output_attentions"):
-        rows = max(1, q.shape[2])
+    fitting = BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[1] * k.shape[2])
+    rows = max(1, q.shape[2] if kwargs.get("output_attentions") else fitting)
     outputs, weights = [], None
     for start in range(0, q.shape[2], rows):
         block = slice(start, start + rows)
@@ -212,8 +203,7 @@ def _dot_product(module, query, key, value, mask, **kwargs):
     eager = _eager_attention_of(type(module))
     if eager is None:
         raise ValueError(
-            f"{type(module).__name__}: expected an eager_attention_forward in "
-            f"{type(module).__module__} for {asked}, found none. Call the model without them"
+            f"{type(module)}: expected an eager_attention_forward for {asked}. Call without them"
         )
     output, weights = eager(module, query, key, value, mask, **kwargs)
     if kwargs.get("head_mask") is not None and weights is not None:
@@ -239,9 +229,8 @@ def _visible_and_bias(module, query, key, mask, arguments):
     allowed, bias = _split_mask(_selected_only(module, query, key, mask, arguments))
     position_bias = arguments.get("position_bias")
     if position_bias is not None:
-        position_bias = position_bias.float()
-        position_bias = position_bias if position_bias.dim() == 4 else position_bias[None]
-        bias = position_bias if bias is None else bias + position_bias
+        added = position_bias.float() if position_bias.dim() == 4 else position_bias.float()[None]
+        bias = added if bias is None else bias + added
     return allowed, bias
 
 
@@ -349,12 +338,31 @@ def _settings(config, owner):
     settings = getattr(config, "gravity", None)
     if not isinstance(settings, dict) or set(settings) - SETTINGS:
         raise ValueError(f"{owner}: expected config.gravity with keys {SETTINGS}, got {settings}")
-    if settings.get("version") != VERSION:
-        raise ValueError(
-            f"{owner}: expected gravity settings of version {VERSION}, got "
-            f"{settings.get('version')}; pip install -U gravity_hf"
-        )
+    got = settings.get("version")
+    if got != VERSION:
+        raise ValueError(f"{owner}: version {got}, expected {VERSION}: pip install -U gravity_hf")
     return settings
+
+
+def _parts(config, values):
+    """`config` and the configs of its parts, each with its own dict within `values`."""
+    yield config, values
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), transformers.PreTrainedConfig):
+            yield from _parts(part, values.get(name, {}))
+
+
+def _refuse_attention(owner, name, *allowed):
+    if name not in allowed:
+        raise ValueError(
+            f"{type(owner).__name__}: expected no attn_implementation, got {name!r}: it would run "
+            "dot products on weights made for gravity. Load the model without one"
+        )
+
+
+def _only_gravity(module, _):
+    """Asked before each call of a converted module: anybody may write a name into a config."""
+    _refuse_attention(module, module.config._attn_implementation, ATTENTION_NAME)
 
 
 _building = threading.local()
@@ -366,14 +374,12 @@ class GravityHost:
     def __init__(self, config, *args, **kwargs):
         if getattr(_building, "now", False):
             # A head's base model, built within it: the head sees to all of its modules.
-            super().__init__(config, *args, **kwargs)
-            return
+            return super().__init__(config, *args, **kwargs)
         settings = _settings(config, type(self).__name__)
-        if config._attn_implementation not in (None, ATTENTION_NAME):
-            raise ValueError(
-                f"{type(self).__name__}: expected no attn_implementation, got "
-                f"{config._attn_implementation!r}: these weights were made for gravity"
-            )
+        # Runtimes with an attention of their own name it in the config of the text part alone.
+        for part, _ in _parts(config, {}):
+            defaults = () if part is config else ("eager", "sdpa")
+            _refuse_attention(self, part._attn_implementation, *OURS, *defaults)
         # Not ours yet: towers with a class per attention name have none for this one.
         config._attn_implementation = None
         _building.now = True
@@ -393,26 +399,20 @@ class GravityHost:
         layers = settings["layers"]
         for module in sites if layers is None else [sites[i] for i in layers]:
             module.gravity = GravityParameters(settings, *_head_counts(module))
+            module.register_forward_pre_hook(_only_gravity)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        want_info = kwargs.pop("output_loading_info", False)
-        own, general = _host_of(cls).from_pretrained, PreTrainedModel.from_pretrained
-        # A loader of the host's own may give no loading info back; see `_finalize_model_loading`.
-        ask = want_info or own.__func__ is general.__func__
-        loaded = super().from_pretrained(*args, output_loading_info=ask, **kwargs)
-        model, info = loaded if ask else (loaded, {})
-        missing = info.get("missing_keys", model.__dict__.get("_gravity_missing"))
-        model.__dict__.pop("_gravity_missing", None)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Noted below: a host's own loader may give no loading info back.
+        missing = model.__dict__.pop("_gravity_missing", None)
         if missing is None:
-            raise RuntimeError(f"{cls.__name__}: pass output_loading_info=True, expected here")
+            raise RuntimeError(f"{cls.__name__}: expected to be told what is missing, was not")
         missing = sorted(key for key in missing if ".gravity." in key)
         if missing:
-            raise ValueError(
-                f"{cls.__name__}: expected gravity tensors for every converted layer, got a "
-                f"checkpoint without {missing[:3]}. Download it again, whole"
-            )
-        return (model, info) if want_info else model
+            raise ValueError(f"{cls.__name__}: expected gravity tensors, got none: {missing[:3]}")
+        return loaded
 
     @classmethod
     def _finalize_model_loading(cls, model, *args, **kwargs):
@@ -423,25 +423,24 @@ class GravityHost:
     @classmethod
     def is_custom_code(cls):
         # transformers leaves buffers of custom code uninitialised that a host initialises.
-        return _host_of(cls).is_custom_code()
+        return cls.__mro__[cls.__mro__.index(GravityHost) + 1].is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        if attn_implementation != ATTENTION_NAME:
-            raise ValueError(
-                f"{type(self).__name__}: expected {ATTENTION_NAME!r}, got {attn_implementation!r}: "
-                "these weights were made for gravity"
-            )
-
-
-def _host_of(gravity_class):
-    return gravity_class.__mro__[gravity_class.__mro__.index(GravityHost) + 1]
+        _refuse_attention(self, attn_implementation, *OURS)
 
 
 @functools.cache
 def _config_class(host):
     model_type = "gravity_" + host.model_type
     _inherit_weight_conversions(host.model_type, model_type)
-    body = {"model_type": model_type, "__module__": __name__}
+
+    def to_dict(self):
+        values = host.to_dict(self)
+        for _, part in () if torch.compiler.is_compiling() else _parts(self, values):
+            part["attn_implementation"] = EXPORT_NAME
+        return values
+
+    body = {"model_type": model_type, "__module__": __name__, "to_dict": to_dict}
     cls = type("Gravity" + host.__name__, (host,), body)
     base = _class_in(modeling_auto.MODEL_MAPPING, host)
     # A type without code of its own borrows the classes of another, which have another config.
@@ -484,9 +483,9 @@ def _model_class(host, config_class):
 
 
 def _inherit_weight_conversions(host, name):
-    conversions = get_checkpoint_conversion_mapping(host)
+    conversions = renamings.get_checkpoint_conversion_mapping(host)
     if conversions is not None:
-        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+        renamings.register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
 
 
 def __getattr__(name):

@@ -1,11 +1,13 @@
 """LoRA adapters of patched models: their settings travel in `adapter_config.json`.
 
-peft loads such an adapter onto an unpatched base without a word and drops the masses, so gravity
-adapters are loaded here: the base is patched as the adapter says, or refused.
+peft would put such an adapter on an unpatched base without a word and drop the masses. On disk it
+therefore has a type of its own, which peft alone does not know; in memory it is the LoRA that it
+is. Once this module is imported peft knows the type, and refuses bases that are not patched.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import dataclass, field
@@ -13,16 +15,23 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import load_peft_weights
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..config import GravityConfig
+from .guards import GRAVITY_LORA
 from .hosts import gravity_modules, select_sites, settings_of
 from .patching import patch_structure, unpatch_gravity
+from .publishing import route_adapters
 from .sites import find_attention_sites
 
 _CONFIG_NAME = "adapter_config.json"
+# Adapters were LoRA on disk, too, before they had a type of their own.
+_KINDS = (GRAVITY_LORA, "LORA")
 
 
 @dataclass
@@ -32,6 +41,11 @@ class GravityLoraConfig(LoraConfig):
     gravity: dict[str, Any] | None = field(
         default=None, metadata={"help": "Settings of the gravity patch under this adapter."}
     )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in peft, with the type that an adapter has on disk."""
+        values: dict[str, Any] = super().to_dict()
+        return values if self.gravity is None else {**values, "peft_type": GRAVITY_LORA}
 
 
 def load_gravity_adapter(
@@ -108,7 +122,7 @@ def _read_config(where: str, hub: dict[str, Any]) -> GravityLoraConfig:
         raise ValueError(f"{where}: expected a LoRA adapter, found no {_CONFIG_NAME}")
     values = GravityLoraConfig.from_json_file(path)
     kind = values.pop("peft_type", None)
-    if kind != "LORA":
+    if kind not in _KINDS:
         raise ValueError(f"{where}: expected a LoRA adapter, got peft_type {kind!r}")
     config = GravityLoraConfig.from_peft_type(**values)
     config.inference_mode = True
@@ -144,3 +158,53 @@ def _fill(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
         for name, module in gravity_modules(model).items():
             for key, tensor in module.state_dict().items():
                 tensor.copy_(weights[f"base_model.model.{name}.gravity.{key}"])
+
+
+def _check_base(model: nn.Module, adapter: GravityLoraConfig) -> None:
+    """Raise unless `model` is patched as `adapter` asks."""
+    if adapter.gravity is None:
+        return
+    settings = GravityConfig.from_dict(adapter.gravity)
+    parts = gravity_modules(model).values()
+    patched = settings_of(model) or next((part.config for part in parts), None)
+    if patched is None:
+        raise RuntimeError(
+            f"gravity adapter: expected a patched base, got {type(model).__name__} with its own "
+            "attention. Use gravity_hf.load_gravity_adapter(model, folder), which patches it, or "
+            "load_gravity_model(folder), which loads it, too"
+        )
+    if patched != settings:
+        raise ValueError(
+            f"gravity adapter: expected a base patched with {settings}, got {patched}. Use "
+            "gravity_hf.load_gravity_adapter(model, folder) on an unpatched base"
+        )
+
+
+def _register_with_peft() -> None:
+    """Let peft read gravity adapters, and ask before it puts one on a model.
+
+    peft's own registration takes only names of its own list. The question stands in the one method
+    through which every tuner, a mixed one and transformers' `load_adapter` included, changes a
+    model: it comes before the first change.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING[GRAVITY_LORA] = GravityLoraConfig
+    inject = BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def checked(
+        self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        if isinstance(config, GravityLoraConfig):
+            _check_base(model, config)
+        inject(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.inject_adapter = checked
+
+
+def _is_gravity(model: PeftModel) -> bool:
+    return any(getattr(adapter, "gravity", None) for adapter in model.peft_config.values())
+
+
+_register_with_peft()
+route_adapters(PeftModel, _is_gravity)

@@ -24,6 +24,7 @@ from ..ops.reference import (
     squared_distance,
 )
 from .arguments import HostTerms, fold, terms_of_call
+from .guards import refuse_lost_masses
 from .host_attention import dot_product_attention, weighted_values
 from .implementations import ATTENTION_NAME as ATTENTION_NAME
 from .masks import gravity_mask, ordinary, visible_keys_of
@@ -194,6 +195,7 @@ def gravity_attention_forward(
     query, key, value = _of_one_batch(query, key, value)
     host = terms_of_call(module, query, key, attention_mask, kwargs)
     if gravity is None:
+        refuse_lost_masses(module)
         return dot_product_attention(module, query, key, value, host, dropout, scaling, kwargs)
     if gravity.observer is not None:
         return gravity.observer.attend(

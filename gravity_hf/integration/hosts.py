@@ -35,7 +35,9 @@ from ..layers.parameters import GravityParameters
 from .attention import register
 from .autos import MODEL_TYPE_PREFIX
 from .carrier import is_served
-from .implementations import ATTENTION_NAME, name_gravity
+from .guards import name_in_export, refuse_other_attention, refuse_other_names, watch
+from .implementations import name_gravity
+from .publishing import modification_times, publish, publish_saved
 from .remote_code import REMOTE_CODE_MODULE, copy_remote_code
 from .sites import AttentionSite, find_attention_sites, memoised
 from .tensor_parallel import plan_heads
@@ -86,13 +88,15 @@ def _building() -> Iterator[bool]:
 
 
 class GravityHostConfig:
-    """First base of every gravity config: adds `auto_map`, which makes exports load anywhere."""
+    """First base of every gravity config: adds `auto_map`, which makes exports load anywhere, and
+    the name of an attention that makes the host's own class refuse them."""
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()  # type: ignore[misc]
         # In a graph it is asked for its keys only, on every forward of an encoder-decoder.
         if not torch.compiler.is_compiling() and is_native(host_of(type(self))):
             output["auto_map"] = _auto_map(type(self))
+            name_in_export(output, self)
         return output
 
 
@@ -108,7 +112,7 @@ class GravityHost(_Base):
             )
         with _building() as is_part:
             if not is_part:
-                _refuse_other_attention(type(self).__name__, config._attn_implementation)
+                refuse_other_names(type(self).__name__, config)
                 # Not ours yet: towers with a class per attention name have none for this one.
                 config._attn_implementation = None
             super().__init__(config, *args, **kwargs)
@@ -116,6 +120,7 @@ class GravityHost(_Base):
         sites = select_sites(find_attention_sites(self), settings)
         for site in sites:
             site.module.gravity = make_child(site, settings)
+            watch(site.module)
         plan_heads(self, sites)
 
     @classmethod
@@ -154,8 +159,13 @@ class GravityHost(_Base):
         """transformers leaves buffers of custom code uninitialised that a host initialises."""
         return host_of(cls).is_custom_code()  # type: ignore[attr-defined]
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the answer in the source of the class's own file.
+        return host_of(cls)._can_set_experts_implementation()  # type: ignore[attr-defined]
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        _refuse_other_attention(type(self).__name__, attn_implementation)
+        refuse_other_attention(type(self).__name__, attn_implementation)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, inside `gravity_serving(model)`."""
@@ -169,7 +179,8 @@ class GravityHost(_Base):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers, plus `modeling_gravity.py`, so that the folder loads without
-        gravity_hf through `trust_remote_code=True`."""
+        gravity_hf through `trust_remote_code=True`. With `push_to_hub` what was written is pushed
+        as `push_to_hub` does it."""
         host = host_of(type(self))
         if not is_native(host):
             raise ValueError(
@@ -177,10 +188,63 @@ class GravityHost(_Base):
                 "loaded again; expected a host from transformers. Save the unpatched host and its "
                 "gravity tensors instead"
             )
+        hub = _take_hub_arguments(kwargs)
+        before = modification_times(save_directory)
+        writes = self.should_save_on_this_rank(kwargs.get("is_main_process", True))
         # Under tensor parallelism every process saves, and one writes.
-        if self.should_save_on_this_rank(kwargs.get("is_main_process", True)):
+        if writes:
             copy_remote_code(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if hub is not None and writes:
+            publish_saved(self, save_directory, before, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | str | None = None,
+    ) -> Any:
+        """As in transformers, but whole and in one commit: tokenizer, `modeling_gravity.py`,
+        figures and the card of a gravity model go with the weights, and weights of an earlier
+        model go away. More choices: `gravity_hf.push_gravity_model`.
+
+        Returns:
+            huggingface_hub's `CommitInfo`.
+        """
+        given = [tags] if isinstance(tags, str) else list(tags or ())
+        own = list(getattr(self, "model_tags", None) or ())
+        return publish(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size=max_shard_size,
+            tags=[*own, *(tag for tag in given if tag not in own)],
+        )
+
+
+# Of `save_pretrained`'s arguments, those that are about the Hub.
+_HUB_ARGUMENTS = ["repo_id", "commit_message", "commit_description", "private", "revision"]
+_HUB_ARGUMENTS += ["create_pr", "tags"]
+
+
+def _take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Takes `push_to_hub` and what belongs to it out of `kwargs`; None where nothing is pushed."""
+    if not kwargs.pop("push_to_hub", False):
+        return None
+    hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+    return {**hub, "token": kwargs.get("token")}
 
 
 def _loads_its_own_way(host: Any) -> bool:
@@ -298,15 +362,6 @@ def __getattr__(name: str) -> type:
 def _read_settings(config: PreTrainedConfig) -> GravityConfig | None:
     block = getattr(config, "gravity", None)
     return None if block is None else GravityConfig.from_dict(block)
-
-
-def _refuse_other_attention(model: str, requested: Any) -> None:
-    if requested not in (None, ATTENTION_NAME):
-        raise ValueError(
-            f"{model}: expected attn_implementation 'gravity' (or none given), got {requested!r}, "
-            "which would run dot-product attention on weights made for gravity. To go back to the "
-            "host, call unpatch_gravity(model)"
-        )
 
 
 def _inherit_weight_conversions(host: str, name: str) -> None:

@@ -228,11 +228,11 @@ class Agreement(Observer):
 
     def contrast(self) -> Tensor:
         """`[H]`, at least 1."""
-        near, far = self._quantile(0.05), self._quantile(0.95)
+        near, far = self.quantile(0.05), self.quantile(0.95)
         softening = self.terms.softening.double().cpu()
         return ((far + softening) / (near + softening)).square()
 
-    def _quantile(self, fraction: float) -> Tensor:
+    def quantile(self, fraction: float) -> Tensor:
         cumulative = self.histogram.cumsum(-1)
         target = fraction * cumulative[:, -1:]
         bin_ = torch.searchsorted(cumulative, target).clamp(max=_HISTOGRAM_BINS - 1)

@@ -17,6 +17,7 @@ from ..config import GravityConfig
 from ..layers.parameters import GravityParameters
 from ..ops.api import explain_implementation
 from .carrier import is_served
+from .guards import unwatch, watch
 from .hosts import (
     CLASS_PREFIX,
     GravityHost,
@@ -132,7 +133,9 @@ def unpatch_gravity(model: Model) -> Model:
     if not isinstance(model, GravityHost):
         raise RuntimeError(f"unpatch_gravity: {type(model).__name__} is not patched")
     for name in gravity_modules(model):
-        del model.get_submodule(name).gravity
+        module = model.get_submodule(name)
+        del module.gravity
+        unwatch(module)
     # None of a model that was loaded from a checkpoint: never anything else in this process.
     restore_attention(model, model.__dict__.pop("_gravity_host_attention", ()))
     host_config = model.config
@@ -267,6 +270,7 @@ def _apply(model: PreTrainedModel, plan: _Plan) -> None:
     model.__dict__["_gravity_host_attention"] = originals
     for site, child in plan.children:
         site.module.gravity = child
+        watch(site.module)
 
 
 def _change_class(model: Any, model_class: type, config_class: type) -> None:

@@ -88,6 +88,9 @@ def read_visible_keys(request: MaskRequest, check: bool) -> VisibleKeys | None:
 
 def dense_visible_keys(visible: Tensor) -> VisibleKeys:
     """A dense bool mask `[B, 1, Tq, Tk]`, with ranges that hold all it shows, for skipping."""
+    if torch.compiler.is_exporting():
+        # A program skips nothing, and other runtimes have no running minimum.
+        return VisibleKeys(mask=visible)
     return VisibleKeys(key_ranges=_hull(visible[:, 0]), mask=visible)
 
 

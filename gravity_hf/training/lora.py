@@ -43,9 +43,9 @@ def gravity_lora(
 
     Returns:
         A `PeftModel`. Saving it writes the adapter, the gravity tensors and the gravity settings;
-        `load_gravity_adapter` or `load_gravity_model` bring it back. Train it with
-        `GravityTrainer`, or with the parameter groups of `gravity_param_groups`: masses need a
-        larger learning rate.
+        `load_gravity_adapter` or `load_gravity_model` bring it back, and peft alone refuses it.
+        Train it with `GravityTrainer`, or with the parameter groups of `gravity_param_groups`:
+        masses need a larger learning rate.
 
     Raises:
         RuntimeError: the model is not patched.

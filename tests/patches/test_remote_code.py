@@ -148,7 +148,7 @@ def test_the_remote_file_knows_exactly_the_library_s_settings():
     from gravity_hf._remote_code import modeling_gravity
 
     from gravity_hf.config import CONFIG_VERSION, EPSILON_FLOOR
-    from gravity_hf.integration import sites
+    from gravity_hf.integration import guards, sites
     from gravity_hf.integration.support import (
         CAUSAL_IN_NAME_ONLY,
         NO_HEADS,
@@ -159,6 +159,7 @@ def test_the_remote_file_knows_exactly_the_library_s_settings():
     assert modeling_gravity.HEAD_COUNT_NAMES == sites._HEAD_COUNT_NAMES
     assert modeling_gravity.NO_HEADS == NO_HEADS
     assert modeling_gravity.CAUSAL_IN_NAME_ONLY == CAUSAL_IN_NAME_ONLY
+    assert modeling_gravity.EXPORT_NAME == guards.EXPORT_NAME
     assert modeling_gravity.VERSION == CONFIG_VERSION
     assert modeling_gravity.EPSILON_FLOOR == EPSILON_FLOOR
     assert modeling_gravity.REFUSED_ARGUMENTS.keys() == REFUSED_ARGUMENTS.keys()

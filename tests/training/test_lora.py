@@ -22,6 +22,7 @@ from gravity_hf import (
     unpatch_gravity,
 )
 from gravity_hf.integration.hosts import gravity_modules
+from gravity_hf.training.lora import host_lora
 
 
 def calibrated(family="qwen2"):
@@ -74,14 +75,33 @@ def test_training_moves_masses_softenings_and_lora():
 
 
 def test_an_adapter_restores_the_patch_on_a_fresh_base(tmp_path):
-    """F12: peft itself loads it onto an unpatched base without an error and drops the masses."""
+    """F12: as an ordinary LoRA peft itself would load it and drop the masses."""
     model, inputs = trained(), tiny_inputs("qwen2")
     model.save_pretrained(tmp_path)
     restored = load_gravity_adapter(tiny_host("qwen2"), tmp_path)
     assert torch.equal(logits(restored, inputs), logits(model, inputs))
     status, base_status = gravity_status(restored), gravity_status(model)
     assert status.config == base_status.config and status.layers == base_status.layers
-    assert "gravity" in json.loads((tmp_path / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "gravity" in config and config["peft_type"] == "GRAVITY_LORA"
+
+
+def test_an_adapter_from_before_it_had_a_type_of_its_own_still_loads(tmp_path):
+    model, inputs = trained(), tiny_inputs("qwen2")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "LORA"}))
+    restored = load_gravity_adapter(tiny_host("qwen2"), tmp_path)
+    assert torch.equal(logits(restored, inputs), logits(model, inputs))
+    restored.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "GRAVITY_LORA"
+
+
+def test_the_adapter_of_a_host_stays_an_ordinary_one(tmp_path):
+    host_lora(tiny_host("qwen2")).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    peft.PeftModel.from_pretrained(tiny_host("qwen2"), tmp_path)
 
 
 def test_an_unpatched_base_is_refused_where_the_patch_may_not_be_restored(tmp_path):
@@ -198,6 +218,24 @@ def test_it_trains_under_trainer_and_saves_the_whole_adapter(checkpointing, tmp_
     inputs = tiny_inputs("qwen2")
     restored = load_gravity_adapter(tiny_host("qwen2"), tmp_path / "checkpoint-4")
     assert torch.equal(logits(restored, inputs), logits(model.eval(), inputs))
+
+
+def test_trainer_goes_on_from_a_checkpoint_of_an_adapter(tmp_path):
+    def train(steps, **resume):
+        arguments = TrainingArguments(
+            tmp_path, max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2,
+            report_to=[], use_cpu=True, save_steps=2, disable_tqdm=True,
+            lr_scheduler_type="constant",
+        )  # fmt: skip
+        model = gravity_lora(calibrated())
+        trainer = GravityTrainer(model=model, args=arguments, train_dataset=Dataset())
+        trainer.train(**resume)
+        return model.eval()
+
+    inputs = tiny_inputs("qwen2")
+    whole = logits(train(4), inputs)
+    resumed = train(4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(logits(resumed, inputs), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_checkpointing_and_lora_give_the_same_gradients():
