@@ -144,8 +144,8 @@ def train_resumably(trainer: Trainer) -> list[dict[str, float]]:
     bit for bit, as one that was never stopped.
 
     Returns:
-        `step` and `loss` (mean since the entry before it) of everything that was logged, from the
-        first step on.
+        `step`, `loss` (mean since the entry before it) and, where there is one, `grad_norm` (before
+        clipping) of everything that was logged, from the first step on.
     """
     folder = Path(trainer.args.output_dir)
     state = PartialState()
@@ -158,7 +158,7 @@ def train_resumably(trainer: Trainer) -> list[dict[str, float]]:
     state.wait_for_everyone()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return [
-        {"step": entry["step"], "loss": entry["loss"]}
+        {name: entry[name] for name in ("step", "loss", "grad_norm") if name in entry}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gravity_hf.training.files import write_text
-from gravity_hf.viz.style import COLORS, new_figure, styled
+from gravity_hf.viz.drawing import Drawing
+from gravity_hf.viz.style import COLORS, LIGHT, Theme, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TITLES = {
     "sdpa": "SDPA, torch's choice",
@@ -23,11 +26,15 @@ _MARKERS = {"euclidean": "o", "lifted": "^", "-": "s"}
 def write_plot(file: Path, rows: list[dict[str, Any]], device: str, dtype: str) -> Path:
     """The rows that were timed, as SVG. Gravity is filled, dot product is not; the power law is
     dashed; lifted keys are triangles."""
-    return write_text(file, _draw(rows, f"{device}, {dtype}, {_shapes(rows)}"))
+    conditions = f"{device}, {dtype}, {_shapes(rows)}"
+
+    def build(theme: Theme) -> Figure:
+        return _draw(rows, conditions)
+
+    return write_text(file, Drawing("benchmark", conditions, "", build).svg(LIGHT))
 
 
-@styled
-def _draw(rows: list[dict[str, Any]], conditions: str) -> str:
+def _draw(rows: list[dict[str, Any]], conditions: str) -> Figure:
     timed = [row for row in rows if row.get("p50_ms")]
     panels = list(dict.fromkeys(_panel(row) for row in timed)) or ["forward"]
     figure = new_figure(4.2 * len(panels) + 2.2, 4.2)
@@ -41,15 +48,13 @@ def _draw(rows: list[dict[str, Any]], conditions: str) -> str:
         lengths = sorted({row["keys"] for row in timed})
         axis.set_xticks(lengths, [f"{n}" for n in lengths], rotation=45, minor=False)
         axis.minorticks_off()
-        axis.grid(alpha=0.25)
+        axis.grid()
     axes[0].set_ylabel("milliseconds, median and 20-80 %")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right center")
     figure.suptitle(conditions, fontsize=9)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None}, facecolor="white")
-    return text.getvalue()
+    return figure
 
 
 def _plot_line(axis: Any, line: tuple[str, ...], points: list[dict[str, Any]], color: str) -> None:

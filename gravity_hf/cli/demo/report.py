@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from ...viz.histories import LossPanel, TrainingCurve
 from ...viz.losses import loss_curves
 from ...viz.masses import mass_heatmaps
 from . import page
@@ -12,6 +13,7 @@ from .minilm import HOW_TO_GET
 from .results import DemoResults
 from .tables import encoder_cells, head_cells, loss_cells, to_html, to_markdown
 
+_LOSS = "training loss, nats per byte"
 _LEAD = (
     "A language model is trained with ordinary dot-product attention, then its attention is "
     "replaced by gravity: a token attends to what is near it. What that costs depends on the "
@@ -90,14 +92,17 @@ def _tiles(results: DemoResults) -> str:
 
 
 def _curves(results: DemoResults) -> str:
+    healed = {
+        TITLES[key]: TrainingCurve.of_losses(outcome.losses)
+        for key, outcome in results.outcomes.items()
+    }
+    host = {"host": TrainingCurve.of_losses(results.host_losses)}
     svg = loss_curves(
-        {
-            "Training the host": {"host": results.host_losses},
-            "Healing, same batches for all": {
-                TITLES[key]: outcome.losses for key, outcome in results.outcomes.items()
-            },
-        }
-    )
+        [
+            LossPanel("Training the host", host, _LOSS),
+            LossPanel("Healing, same batches for all", healed, _LOSS),
+        ]
+    ).inline_svg()
     caption = "Training loss, smoothed. The heal starts where each conversion left the model."
     return page.section("Loss curves", page.figure(svg, caption))
 
@@ -109,7 +114,7 @@ def _masses(results: DemoResults) -> str:
         "calibrated": calibrated.masses_before,
         "calibrated and healed": calibrated.masses_after,
     }
-    svg = mass_heatmaps({title: masses for title, masses in panels.items() if masses})
+    svg = mass_heatmaps({title: masses for title, masses in panels.items() if masses}).inline_svg()
     caption = (
         "Mass M of every head. Calibration gives each head the mass that its distances ask for."
     )
