@@ -25,6 +25,7 @@ _EXPORTS = {
     "load_gravity_model": ".integration.loading",
     "measure_attention": ".integration.calibration",
     "patch_with_gravity": ".integration.patching",
+    "push_gravity_model": ".hub.push",
     "unpatch_gravity": ".integration.patching",
 }
 
@@ -40,6 +41,14 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
+
+def _publish(model: object, repo_id: str, **options: object) -> object:
+    push = importlib.import_module(".hub.push", __name__)
+    return push.push_gravity_model(model, repo_id, **options)
+
+
+# `model.push_to_hub` belongs to a floor that must not import the one that pushes.
+importlib.import_module(".integration.publishing", __name__).set_publisher(_publish)
 
 # `AutoModel.from_pretrained` must know the gravity model types as soon as this package is imported.
 _autos = importlib.import_module(".integration.autos", __name__)

@@ -26,9 +26,9 @@ FLOOR = {
     "runtime": 3,
     "training": 4,
     "knowledge": 4,
-    "hub": 5,
     "viz": 5,
-    "cli": 6,
+    "hub": 6,  # a push carries figures
+    "cli": 7,
 }
 FACADE = "__init__"
 LONGEST_FILE = 500
@@ -60,9 +60,10 @@ PUBLIC_NAMES = [
     "load_gravity_model",
     "measure_attention",
     "patch_with_gravity",
+    "push_gravity_model",
     "unpatch_gravity",
 ]
-HEAVY = ["triton", "peft", "datasets", "matplotlib", "plotly", "fastapi"]
+HEAVY = ["triton", "peft", "datasets", "matplotlib", "plotly", "fastapi", "gradio", "kernels"]
 BANNED = {
     r"weights_only\s*=\s*False": "runs code from the file",
     r"\bpickle\.loads?\b": "runs code from the file",

@@ -19,7 +19,7 @@ def evaluate(
     ],
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text to measure on; repeatable [default: Python's help text]"),
+        typer.Option(help="Text to measure on; repeatable (default: Python's help text)"),
     ] = None,
     against: Annotated[
         str | None,
@@ -28,7 +28,7 @@ def evaluate(
     length: Annotated[int, typer.Option(min=2, help="Tokens that the model sees at once.")] = 1024,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens between windows; less: more context [default: half]"),
+        typer.Option(min=1, help="Tokens between windows; less: more context (default: half)"),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to read.")] = 65536,
     prompt: Annotated[

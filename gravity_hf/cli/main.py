@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evaluate, generate, lm_eval, serve_model, status, support
+from . import evaluate, export, figures, generate, lm_eval, push, serve_model, status, support
 from .console import make_console
 from .convert import command as convert
 from .demo import command as demo
@@ -29,6 +29,16 @@ Gravity attention for Hugging Face transformers: a token attends to what is near
     gravity-hf status out
 
     gravity-hf generate out "Gravity is"
+
+[bold]Look inside[/bold], and share it once the list of what goes up is right:
+
+    gravity-hf figures out -o pictures
+
+    gravity-hf push out me/my-gravity-model --dry-run
+
+[bold]Run it elsewhere[/bold]: ONNX, torch.export, half precision, 8 bits:
+
+    gravity-hf export out out-onnx --format onnx
 
 Add --debug to any of these to see the traceback of an error.
 """
@@ -96,6 +106,9 @@ app.command(name="convert")(convert.convert)
 app.command(name="status")(status.status)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="generate")(generate.generate)
+app.command(name="figures")(figures.figures)
+app.command(name="export")(export.export)
+app.command(name="push")(push.push)
 app.command(name="support")(support.support)
 app.command(name="lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
 app.command(name="serve-model", context_settings=serve_model.PASS_ON)(serve_model.serve_model)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..hub.tensor_files import read_json
 from .console import make_console
 
 CALIBRATION_FILE = "calibration.json"
-_MASSES = ".gravity.mass_log"
-_SOFTENINGS = ".gravity.softening_log"
-_RADII = ".gravity.key_radius_sq"
 
 
 def status(
@@ -41,7 +36,7 @@ def status(
             f"status: expected a folder with config.json or adapter_config.json, got "
             f"{str(directory)!r}. Make a gravity model with: gravity-hf convert MODEL OUT"
         )
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     if "gravity" in config:
         _show_gravity_model(console, directory, config)
     else:
@@ -50,6 +45,7 @@ def status(
 
 def _show_gravity_model(console: Console, directory: Path, config: dict[str, Any]) -> None:
     from ..config import GravityConfig
+    from ..hub.card_tensors import gravity_layers
 
     settings = GravityConfig.from_dict(config["gravity"])
     architecture = (config.get("architectures") or [config.get("model_type")])[0]
@@ -61,15 +57,9 @@ def _show_gravity_model(console: Console, directory: Path, config: dict[str, Any
         f"  one mass per {settings.mass_per.replace('_', ' ')}, base epsilon "
         f"{settings.epsilon:g}, implementation {settings.implementation}"
     )
-    tensors = dict(gravity_tensors(directory))
-    layers = [name.removesuffix(_MASSES) for name in tensors if name.endswith(_MASSES)]
-    if not layers:
-        raise ValueError(
-            f"status: config.json of {str(directory)!r} describes a gravity model, expected "
-            "tensors named '*.gravity.mass_log', found none. Save the model again"
-        )
+    layers = gravity_layers(directory)
     console.print("  over the heads of each layer: lowest / median / highest")
-    console.print(_layer_table(layers, tensors))
+    console.print(_layer_table(layers))
     _show_calibration(console, directory)
     console.print(f"  next: {_next_step(directory, architecture)}", markup=False)
 
@@ -89,7 +79,7 @@ def _show_calibration(console: Console, directory: Path) -> None:
     if not file.is_file():
         console.print("  no calibration.json: the contrast of its scores is not recorded")
         return
-    summary = _read_json(file).get("summary", {})
+    summary = read_json(file).get("summary", {})
     shown = {
         "contrast_median": "median contrast {:.3g} (1 = distance makes no difference)",
         "kl_mean": "mean KL to the host's attention {:.3g} nats",
@@ -119,7 +109,7 @@ def _show_plain_model(console: Console, directory: Path, config: dict[str, Any])
 
 
 def _show_adapter(console: Console, directory: Path) -> None:
-    adapter = _read_json(directory / "adapter_config.json")
+    adapter = read_json(directory / "adapter_config.json")
     base = adapter.get("base_model_name_or_path") or "an unnamed base model"
     kind = adapter.get("peft_type", "peft")
     saved = adapter.get("modules_to_save") or []
@@ -132,49 +122,21 @@ def _show_adapter(console: Console, directory: Path) -> None:
     )
 
 
-def _layer_table(layers: list[str], tensors: dict[str, Any]) -> Table:
-    from torch.nn.functional import softplus
-
-    columns = [("mass", _MASSES, softplus)]
-    if any(name.endswith(_SOFTENINGS) for name in tensors):
-        columns.append(("softening", _SOFTENINGS, softplus))
-    if any(name.endswith(_RADII) for name in tensors):
-        columns.append(("key radius", _RADII, lambda radius_sq: radius_sq.sqrt()))
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    titles = ("mass", "softening", "key_radius")
+    shown = [key for key in titles if any(row[key] is not None for row in layers)]
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("layer", no_wrap=True)
     table.add_column("heads", justify="right")
-    for title, _, _ in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-    for layer in layers:
-        row = [layer, str(tensors[layer + _MASSES].numel())]
-        for _, suffix, readable in columns:
-            values = readable(tensors[layer + suffix].float()).tolist()
-            shown = (min(values), statistics.median(values), max(values))
-            row.append(" / ".join(f"{value:.4g}" for value in shown))
-        table.add_row(*row)
+    for key in shown:
+        table.add_column(key.replace("_", " "), justify="right", no_wrap=True)
+    for row in layers:
+        spreads = [_spread(row[key]) for key in shown]
+        table.add_row(row["layer"], str(row["mass"]["count"]), *spreads)
     return table
 
 
-def gravity_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Name and tensor of every gravity tensor of a checkpoint, read lazily, in layer order."""
-    from safetensors import safe_open
-
-    found = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            found.update({n: tensors.get_tensor(n) for n in tensors.keys() if ".gravity." in n})  # noqa: SIM118
-    yield from sorted(found.items(), key=lambda item: _natural(item[0]))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got something else ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _spread(values: dict[str, Any] | None) -> str:
+    if values is None:
+        return ""
+    return " / ".join(f"{values[which]:.4g}" for which in ("lowest", "median", "highest"))
