@@ -14,10 +14,10 @@ from torch import nn
 
 from ...training.corpus import Corpus, even_windows, load_corpus
 from ...training.files import write_text
+from ...training.folders import require_free, whole_folder
 from ...training.text import disjoint_samples, prose_paragraphs, read_texts
 from ...training.tokenizers import byte_tokenizer
 from ..console import progress_bar, quiet_libraries
-from ..folders import require_free, whole_folder
 from .heal import CALIBRATED, TITLES, Laboratory, Outcome
 from .host import TrainedHost, obtain_host
 from .minilm import HOW_TO_GET, minilm_folder, minilm_rows

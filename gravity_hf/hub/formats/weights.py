@@ -1,0 +1,49 @@
+"""The same model in fewer bits: safetensors of half precision or of 8-bit integers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..card_tensors import gravity_tensors
+from .programs import plain_errors
+from .running import Runner, runner_of_model
+from .source import Source, load_runnable
+
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def write_weights(source: Source, folder: Path, format: str) -> Runner:
+    """Write a folder that loads with the library and, through `modeling_gravity.py`, without it.
+
+    Masses, softenings and key radii stay float32 and as they were; RuntimeError if not. For `int8`
+    torchao rounds the weights of linear layers to 8 bits, a scale for each output; embeddings,
+    norms and the output head keep the dtype of the source.
+    """
+    model = load_runnable(source.folder, **_options(format))
+    model.save_pretrained(folder)
+    _require_equal_masses(source.folder, folder)
+    with plain_errors(source, f"transformers cannot load the {format} weights of"):
+        loaded = load_runnable(folder)
+    return runner_of_model(loaded, source.kind)
+
+
+def _options(format: str) -> dict[str, Any]:
+    if format in _HALF:
+        return {"dtype": _HALF[format]}
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig(version=2))}
+
+
+def _require_equal_masses(source: Path, target: Path) -> None:
+    before, after = gravity_tensors(source), gravity_tensors(target)
+    changed = [n for n, x in before.items() if n not in after or not torch.equal(x, after[n])]
+    if changed or before.keys() != after.keys():
+        raise RuntimeError(
+            f"export: expected the {len(before)} gravity tensors of {str(source)!r} unchanged, got "
+            f"others: {', '.join(changed or sorted(after.keys() - before.keys()))}"
+        )
