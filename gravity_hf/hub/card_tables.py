@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-_COLUMNS = {
+from .card_law import NOT_MEASURED
+
+# Columns: title, key in a row, format.
+COLUMNS = {
     "loss": (
         ("loss, nats per token", "loss", ".4f"),
         ("against the host", "gap", "+.4f"),
@@ -24,55 +27,75 @@ _ATTENTION = (
 )
 
 
-def measured(results: dict[str, Any]) -> str:
+def measured(facts: dict[str, Any]) -> str:
     """Markdown: the table and what its columns are; says so where nothing was measured."""
-    evaluation = results["evaluation"]
+    evaluation = facts["evaluation"]
     if evaluation is None:
-        return "Nothing was measured: the evaluation was left out."
-    rows = [_with_gaps(row, evaluation["rows"]) for row in evaluation["rows"]]
-    columns = [c for c in _COLUMNS[evaluation["measure"]] if any(c[1] in row for row in rows)]
+        why = "no results lie in this folder" if facts["settings"] is None else "it was left out"
+        return f"Nothing was measured: {why}."
+    rows = with_gaps(evaluation["rows"])
+    columns = [c for c in COLUMNS[evaluation["measure"]] if any(c[1] in row for row in rows)]
     header = ["attention", *(c[0] for c in columns), *(c[0] for c in _ATTENTION)]
     lines = [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
     for row in rows:
         attention = row.get("attention") or {}
-        cells = [_cell(row, key, form) for _, key, form in columns]
-        cells += [_cell(attention, key, form) for _, key, form in _ATTENTION]
+        cells = [_cell(row, row, key, form) for _, key, form in columns]
+        cells += [_cell(row, attention, key, form) for _, key, form in _ATTENTION]
         lines.append(_line([row["title"], *cells]))
     return "\n".join([*lines, "", _legend(evaluation)])
 
 
+def with_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their differences to the host's loss, and the healed one's to the control's."""
+    losses = {row["key"]: row["loss"] for row in rows if "loss" in row}
+    return [_with_gaps(row, losses) for row in rows]
+
+
 def _legend(evaluation: dict[str, Any]) -> str:
-    parts = [f"Held-out text: {evaluation['text']}; {evaluation['tokens']:,} tokens measured"]
+    tokens, examples = evaluation["tokens"], evaluation.get("examples")
+    count = f"{examples} examples" if tokens is None else f"{tokens:,} tokens"
+    parts = [f"Held-out text: {evaluation['text']}; {count} measured"]
     parts[0] += f", in windows of {evaluation['length']}"
     if evaluation["stride"] is not None:
         parts[0] += f", {evaluation['stride']} apart"
-    parts.append(
-        "Softness and contrast are medians over heads, KL the mean KL(dot product || gravity) of "
-        "their attention in nats, at the queries and keys of that row, on the first "
-        f"{evaluation['attention_batches']} batches of that text. Contrast: by how much the "
-        "pull of a near key exceeds that of a far one; 1 = distance makes no difference"
-    )
+    if evaluation["attention_batches"]:
+        parts.append(
+            "Softness and contrast are medians over heads, KL the mean KL(dot product || gravity) "
+            "of their attention in nats, at the queries and keys of that row, on the first "
+            f"{evaluation['attention_batches']} batches of that text. Contrast: by how much the "
+            "pull of a near key exceeds that of a far one; 1 = distance makes no difference"
+        )
     if any(row["key"] == "control" for row in evaluation["rows"]):
         parts.append(
             "The control had the same LoRA rank, steps, learning rate, data and order as the "
             "gravity model, which also trained masses and softenings"
         )
-    return ". ".join(parts) + ". One run."
+    return ". ".join(parts) + ". A dash: does not apply. One run."
 
 
-def _with_gaps(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    losses = {other["key"]: other["loss"] for other in rows if "loss" in other}
+def _with_gaps(row: dict[str, Any], losses: dict[str, float]) -> dict[str, Any]:
     row = dict(row)
-    if "loss" in row and row["key"] != "host":
+    if "loss" in row and row["key"] != "host" and "host" in losses:
         row["gap"] = row["loss"] - losses["host"]
-    if row["key"] == "healed" and "control" in losses:
+    if "loss" in row and row["key"] == "healed" and "control" in losses:
         row["control_gap"] = row["loss"] - losses["control"]
     return row
 
 
-def _cell(values: dict[str, Any], key: str, form: str) -> str:
+def _cell(row: dict[str, Any], values: dict[str, Any], key: str, form: str) -> str:
     value = values.get(key)
-    return "–" if value is None else format(value, form)
+    if value is not None:
+        return format(value, form)
+    return "–" if _does_not_apply(row["key"], key) else NOT_MEASURED
+
+
+def _does_not_apply(row: str, key: str) -> bool:
+    """Dot-product attention has no softness; nothing is compared with itself."""
+    if key == "gap":
+        return row == "host"
+    if key == "control_gap":
+        return row != "healed"
+    return row in ("host", "control") and key in {column[1] for column in _ATTENTION}
 
 
 def _line(cells: list[str]) -> str:

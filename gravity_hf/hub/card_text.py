@@ -1,58 +1,61 @@
-"""The sentences of a model card, each said only where the results hold what it says."""
+"""The sentences of a model card, each said only where the facts hold what it says."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-_LAWS = {
-    "force": "score(i, j) = M^2 / ({distance} + eps), then softmax over j",
-    "power": "weight(i, j) ~ ({distance} + eps)^(-M^2), normalised over j",
-}
-_DISTANCES = {"euclidean": "|q_i - k_j|^2", "lifted": "(|q_i|^2 + R^2 - 2 q_i.k_j)"}
+from .card_attribution import base_model, host_name
+from .card_law import NOT_MEASURED, contrast, overall
+
+_SAID_ELSEWHERE = ("card", "figures")
 
 
-def law_text(results: dict[str, Any]) -> str:
-    distance = _DISTANCES[_distance(results)]
-    return _LAWS[results["law"]].format(distance=distance)
-
-
-def constants(results: dict[str, Any]) -> str:
-    """Where M, eps and R come from."""
-    settings, calibration = results["settings"], results["calibration"]
-    per = settings["mass_per"].replace("_", " ")
-    if calibration is None:
-        return f"Not calibrated: one mass M per {per}, started at Gravity-2's constants, eps = 0.1."
-    way = "closed forms"
-    if calibration.get("max_kl") is not None:
-        way = f"a budget of {calibration['max_kl']:g} nats of KL to the host's attention per head"
-    elif settings["fit"]:
-        way = "a fit of every head to the host's attention"
-    text = f"One mass M per {per} and a softening eps per head, set by {way}"
-    if _distance(results) == "lifted":
-        text += "; R is the length of the longest key seen, per KV head"
-    return (
-        f"{text}. Softness at calibration {calibration['softness']:g}: eps in units of the squared "
-        "lengths of queries and keys."
+def introduction(facts: dict[str, Any]) -> str:
+    """One sentence: what it is, and of what."""
+    name, patch = host_name(facts), facts["patch"]
+    kind = facts["host"]["class"] or "a model"
+    what = f"LoRA and masses for {kind}" if facts["saved"] == "adapter" else kind
+    whose = "not recorded" if name is None else f"`{name}`"
+    text = (
+        f"{what[0].upper()}{what[1:]} with its dot-product attention replaced by gravity: a token "
+        f"attends to what is *near* it, not to what is *aligned* with it. The host is {whose}; "
+        f"{len(patch['layers'])} of its attention modules were converted"
     )
+    if patch["skipped"]:
+        text += f", {len(patch['skipped'])} keep dot-product attention"
+    return text + "."
 
 
-def contrast(results: dict[str, Any]) -> str:
-    summary = _last_attention(results) or results["calibration"]
-    if summary is None:
-        return "not measured."
-    return (
-        f"median softness {summary['softness_median']:.3g}, median contrast of the scores "
-        f"{summary['contrast_median']:.3g} (from {summary['contrast_min']:.3g} to "
-        f"{summary['contrast_max']:.3g} over {summary['heads']} heads). Contrast 1 = distance "
-        "makes no difference; at a large softness the model is its host again."
-    )
+def changes(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table of what was changed: what, how much."""
+    host = facts["host"]
+    where = base_model(facts)
+    name = host_name(facts)
+    shown = "not recorded" if name is None else f"`{name}`"
+    rows = [("host", shown if where in (None, name) else f"{shown} (`{where}` on the Hub)")]
+    rows.append(("class, weights", _joined(host["class"], host["dtype"])))
+    patch = facts["patch"]
+    kept = "" if patch["skipped"] is None else f" of {len(patch['layers']) + len(patch['skipped'])}"
+    rows.append(("attention modules converted", f"{len(patch['layers'])}{kept}"))
+    before = host["parameters"]
+    rows.append(("parameters of the host", NOT_MEASURED if before is None else f"{before:,}"))
+    rows.append(("added", _added(facts)))
+    for title, key in (("masses M", "mass"), ("softenings eps", "softening")):
+        found = overall(facts, key)
+        if found is not None:
+            rows.append((f"{title}, lowest and highest", _range(found)))
+    rows.append(("how gravitational", contrast(facts)))
+    return rows
 
 
-def recipe(results: dict[str, Any]) -> list[str]:
+def recipe(facts: dict[str, Any]) -> list[str]:
     """One line for each step that ran, one for those that were left out."""
-    settings, training = results["settings"], results["training"]
+    settings, training = facts["settings"], facts["training"]
+    if settings is None or training is None:
+        return _recipe_of_folder(facts)
     lines = [f"Seed {settings['seed']}, windows of {settings['length']} tokens."]
-    if results["calibration"] is not None:
+    if facts["calibration"] is not None:
         lines.append(f"Calibrated on {settings['samples']} windows, without training.")
     if training["transfer"] is not None:
         objective = training["transfer"]["objective"]
@@ -62,46 +65,45 @@ def recipe(results: dict[str, Any]) -> list[str]:
             f"{_factors(objective)}."
         )
     if training["lora"] is not None:
-        objective = training["lora"]["objective"]
-        learnt = "the text alone" if objective is None else _factors(objective)
-        lines.append(
-            f"LoRA on the attention projections: rank {settings['lora_rank']}, alpha "
-            f"{settings['lora_alpha']}, {settings['lora_steps']} steps of {settings['batch_size']}"
-            f" x {settings['accumulation']} windows on each of "
-            f"{results['conditions']['processes']} process(es), learning rate "
-            f"{settings['lora_learning_rate']:g}; loss on {learnt}. "
-            + ("Saved as an adapter." if results["saved"] == "adapter" else "Merged.")
-        )
-        if settings["anneal_to"] is not None:
-            lines.append(
-                f"Softness lowered towards {settings['anneal_to']:g} in the course of LoRA, as far "
-                "as the loss held."
-            )
-    left_out = [name for name in results["left_out"] if name != "card"]
+        lines += _lora(facts, settings, training)
+    left_out = [name for name in facts["left_out"] if name not in _SAID_ELSEWHERE]
     if left_out:
         lines.append(f"Left out: {', '.join(left_out)}.")
     return lines
 
 
-def conditions(results: dict[str, Any]) -> str:
-    found = results["conditions"]
+def samples(facts: dict[str, Any]) -> list[dict[str, str]]:
+    """What the model wrote, with a fence that its text does not contain."""
+    found = []
+    for sample in (facts["evaluation"] or {}).get("samples", []):
+        text = sample["prompt"] + sample["text"]
+        longest = max((len(run) for run in re.findall("~+", text)), default=0)
+        found.append({"text": text, "fence": "~" * max(4, longest + 1)})
+    return found
+
+
+def conditions(facts: dict[str, Any]) -> str:
+    """Device, weights, versions and date of the measurements."""
+    found = facts["conditions"]
+    if found is None:
+        return "not recorded."
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['device']}, {results['host']['dtype']} weights, {versions}, {found['date']}."
+    return f"{found['device']}, {facts['host']['dtype']} weights, {versions}, {found['date']}."
 
 
-def loading(results: dict[str, Any], name: str) -> str:
+def loading(facts: dict[str, Any], name: str) -> str:
     """Code for both cases: with the library, and without it where that works."""
     with_library = (
         "With the library:\n\n```python\nfrom gravity_hf import load_gravity_model\n\n"
         f'model = load_gravity_model("{name}")\n```'
     )
-    if results["saved"] == "adapter":
+    if facts["saved"] == "adapter":
         return (
-            f"{with_library}\n\nThe adapter needs its host and the library: "
-            "`peft.PeftModel.from_pretrained` alone would put it onto an unpatched host, without "
-            "an error, and drop its masses."
+            f"{with_library}\n\nThe adapter needs its host and the library. On an unpatched host "
+            "its LoRA would run on dot-product attention, which it was not trained for, and "
+            "drop its masses: `load_gravity_model` patches the host first, or refuses."
         )
-    auto = _auto_class(results["host"]["class"])
+    auto = _auto_class(facts["host"]["class"])
     return (
         f"{with_library}\n\nWithout it, through the code that lies beside the weights:\n\n"
         f"```python\nfrom transformers import {auto}\n\n"
@@ -109,52 +111,76 @@ def loading(results: dict[str, Any], name: str) -> str:
     )
 
 
-def limits(results: dict[str, Any]) -> list[str]:
-    """What follows from what it is."""
+def _recipe_of_folder(facts: dict[str, Any]) -> list[str]:
+    """What a folder shows of how it was made, where nothing describes it."""
+    lines = ["How it was made is not recorded in this folder; what follows is read from its files."]
+    softness = facts["gravity"]["softness"]
+    if softness is not None:
+        lines.append(f"Calibrated, softness {softness:g}.")
+    rank = (facts.get("lora") or {}).get("rank")
+    if rank is not None:
+        lines.append(f"LoRA: rank {rank}, alpha {facts['lora']['alpha']}.")
+    return [*lines, f"Control, the host with the same training: {NOT_MEASURED}."]
+
+
+def _lora(facts: dict[str, Any], settings: dict[str, Any], training: dict[str, Any]) -> list[str]:
+    objective = training["lora"]["objective"]
+    learnt = "the text alone" if objective is None else _factors(objective)
     lines = [
-        "Software that does not know gravity attention cannot run it: llama.cpp, vLLM, TGI and "
-        "other servers have none. Plain transformers refuses the model type.",
-        "Attention runs in torch code that is slower than fused dot-product attention.",
+        f"LoRA on the attention projections: rank {settings['lora_rank']}, alpha "
+        f"{settings['lora_alpha']}, {settings['lora_steps']} steps of {settings['batch_size']}"
+        f" x {settings['accumulation']} windows on each of "
+        f"{facts['conditions']['processes']} process(es), learning rate "
+        f"{settings['lora_learning_rate']:g}; loss on {learnt}. "
+        + ("Saved as an adapter." if facts["saved"] == "adapter" else "Merged.")
     ]
-    if results["saved"] == "adapter":
-        lines[0] = (
-            "Software that does not know gravity attention would run the adapter on dot-product "
-            "attention, which it was not trained for: load it with the library only."
-        )
-    if results["law"] == "force":
-        lines.append("The scores of the force law go through a softmax; it is not literal gravity.")
-    if _distance(results) == "lifted":
+    if settings["anneal_to"] is not None:
         lines.append(
-            "Squared distances are clamped at 0, which keys longer than any seen in calibration "
-            "can reach."
+            f"Softness lowered towards {settings['anneal_to']:g} in the course of LoRA, as far "
+            "as the loss held."
         )
-    if results["evaluation"] is None:
-        lines.append("Its quality was not measured.")
-    else:
-        lines.append("The numbers above hold for the text above; other text was not measured.")
-    lines.append("It knows what its host knows, wrongs included; the host's licence applies.")
+    lines.append(_control(training["control"]))
     return lines
 
 
-def _auto_class(model_class: str) -> str:
+def _control(control: dict[str, Any] | None) -> str:
+    if control is None:
+        return f"The host with the same LoRA, for comparison: {NOT_MEASURED}."
+    if "left_out" in control:
+        return f"The host with the same LoRA: {NOT_MEASURED}, {control['left_out']}."
+    return (
+        "Control: the host with its own attention, given the same LoRA rank, steps, learning rate, "
+        "data and order."
+    )
+
+
+def _added(facts: dict[str, Any]) -> str:
+    """Numbers that the host does not have."""
+    names = (("masses", "mass"), ("softenings", "softening"), ("key radii, fixed", "key_radius"))
+    counts = [(title, overall(facts, key)) for title, key in names]
+    parts = [f"{found['count']:,} {title}" for title, found in counts if found is not None]
+    if facts["saved"] == "adapter" and facts["parameters"]:
+        parts.append(f"{facts['parameters']['others']:,} of LoRA")
+    return "; ".join(parts) or NOT_MEASURED
+
+
+def _range(found: dict[str, Any]) -> str:
+    ends = [f"{found[which]:.4g}" for which in ("lowest", "highest")]
+    return " and ".join(dict.fromkeys(ends))
+
+
+def _joined(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part) or "not recorded"
+
+
+def _auto_class(model_class: str | None) -> str:
     """`BertForMaskedLM` loads through `AutoModelForMaskedLM`."""
-    if model_class.endswith("LMHeadModel"):
+    if (model_class or "").endswith("LMHeadModel"):
         return "AutoModelForCausalLM"
-    _, found, task = model_class.partition("For")
+    _, found, task = (model_class or "").partition("For")
     return f"AutoModelFor{task}" if found else "AutoModel"
-
-
-def _distance(results: dict[str, Any]) -> str:
-    calibration = results["calibration"]
-    return "euclidean" if calibration is None else calibration["distance"]
 
 
 def _factors(objective: dict[str, Any]) -> str:
     names = ("outputs", "weights", "states", "logits", "loss")
     return ", ".join(f"{name} {objective[name]:g}" for name in names if objective.get(name))
-
-
-def _last_attention(results: dict[str, Any]) -> dict[str, Any] | None:
-    rows = (results["evaluation"] or {}).get("rows", [])
-    found = [row["attention"] for row in rows if row.get("attention")]
-    return found[-1] if found else None

@@ -1,71 +1,101 @@
-"""The model card of a conversion, from its results.json and nothing else: a number that was not
-measured has no place in it."""
+"""The model card of a conversion or of an exported folder, from what was measured and what its
+files show, and nothing else: a number that was not measured has no place in it."""
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
-from .. import __version__
 from ..training.files import write_text
+from .card_attribution import citation, licence
+from .card_facts import complete, facts_of_folder
+from .card_figures import FOLDER, read_figures
+from .card_law import constants, law_text, layer_table
+from .card_limits import limits, software
+from .card_metadata import metadata
 from .card_tables import measured
-from .card_text import conditions, constants, contrast, law_text, limits, loading, recipe
+from .card_text import changes, conditions, introduction, loading, recipe, samples
+from .tensor_files import read_json
 
 _CARDS_PACKAGE = "gravity_hf._cards"
 _TEMPLATE = "template.md"
 
 
-def write_card(results_file: Path, target: Path) -> None:
-    """Write the card of the conversion that `results_file` describes: whole, or not at all."""
-    text = str(model_card(json.loads(results_file.read_text(encoding="utf-8")), target.parent.name))
-    write_text(target, text)
+def write_card(
+    source: Path, target: Path, *, name: str | None = None, figures: Path | None = None
+) -> None:
+    """Write a card: whole, or not at all.
+
+    Args:
+        source: an exported folder, or the results.json of a conversion.
+        target: the file to write.
+        name: of the model; the title. Default: the name of the target's folder.
+        figures: folder of pictures below the target's. Default: `figures` beside the source.
+    """
+    is_folder = source.is_dir()
+    facts = facts_of_folder(source) if is_folder else complete(read_json(source))
+    if figures is None:
+        figures = (source if is_folder else source.parent) / FOLDER
+        shown = FOLDER
+    else:
+        shown = figures.relative_to(target.parent).as_posix()
+    card = _card(facts, name or target.resolve().parent.name, read_figures(figures, shown))
+    write_text(target, str(card))
 
 
 def model_card(results: dict[str, Any], name: str) -> ModelCard:
-    """The card.
+    """The card of a conversion, without pictures.
 
     Args:
         results: as `gravity-hf convert` writes them to results.json.
         name: of the model; the title.
     """
-    host, patch = results["host"], results["patch"]
+    return _card(complete(results), name, [])
+
+
+def card_of_folder(
+    folder: Path, name: str, *, host: str | None = None, online: bool = True
+) -> ModelCard:
+    """The card of an exported model or adapter: of its results.json where there is one, or else of
+    its settings and tensors, which say nothing of its quality: "not measured".
+
+    Args:
+        folder: as `save_pretrained` or `gravity-hf convert` wrote it; pictures in its `figures`.
+        name: of the model, such as `me/my-model`; the title.
+        host: folder or Hub name of the host, where the folder does not record it.
+        online: whether the Hub may be asked for the host's card, for its licence.
+
+    Raises:
+        ValueError: no gravity model or adapter, or files that cannot be read.
+    """
+    facts = facts_of_folder(folder, host, online=online)
+    return _card(facts, name, read_figures(folder / FOLDER))
+
+
+def _card(facts: dict[str, Any], name: str, figures: list[dict[str, str]]) -> ModelCard:
     template = resources.files(_CARDS_PACKAGE).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    evaluation = results["evaluation"] or {}
     return ModelCard.from_template(
-        _metadata(results),
+        metadata(facts, name),
         template_str=template,
         title=name,
-        host={**host, "parameters": f"{host['parameters']:,}"},
-        layers=len(patch["layers"]),
-        kept=len(patch["skipped"]),
-        version=__version__,
-        law_text=law_text(results),
-        constants=constants(results),
-        contrast=contrast(results),
-        recipe=recipe(results),
-        measured=measured(results),
-        samples=evaluation.get("samples", []),
-        conditions=conditions(results),
-        command=results["conditions"]["command"],
-        loading=loading(results, name),
-        limits=limits(results),
-    )
-
-
-def _metadata(results: dict[str, Any]) -> ModelCardData:
-    host = results["host"]
-    more: dict[str, Any] = {}
-    if not Path(host["name"]).expanduser().exists():
-        # A folder is no name on the Hub.
-        more["base_model"] = host["name"]
-    if host["writes"]:
-        more["pipeline_tag"] = "text-generation"
-    return ModelCardData(
-        library_name="peft" if results["saved"] == "adapter" else "transformers",
-        tags=["gravity-attention", f"gravity-{results['law']}"],
-        **more,
+        introduction=introduction(facts),
+        version=facts["gravity_hf"],
+        law_text=law_text(facts),
+        constants=constants(facts),
+        layers=layer_table(facts),
+        changes=changes(facts),
+        recipe=recipe(facts),
+        measured=measured(facts),
+        samples=samples(facts),
+        conditions=conditions(facts),
+        command=(facts["conditions"] or {}).get("command"),
+        figures=figures,
+        loading=loading(facts, name),
+        limits=limits(facts),
+        software=software(facts),
+        licence=licence(facts),
+        citation=citation(facts),
     )

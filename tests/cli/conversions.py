@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, Qwen2Config, Qwen2ForCausa
 
 from gravity_hf.cli.console import make_console
 from gravity_hf.cli.convert.pipeline import run_conversion
-from gravity_hf.cli.convert.settings import parse_conversion
+from gravity_hf.cli.convert.settings import STEPS, parse_conversion
 from gravity_hf.training.tokenizers import byte_tokenizer
 
 # 300 paragraphs of random words. Not a page that people edit: what so small a model learns from
@@ -33,6 +33,8 @@ SMALL = {
     "evaluation_samples": 8,
     "prompts": ["Gravity "],
     "prompt_tokens": 4,
+    # Pictures take longer than all the rest; one test draws them.
+    "figures": False,
     "device": "cpu",
 }
 
@@ -95,8 +97,7 @@ def rows(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def ran(screen: str) -> list[str]:
     """The steps that were done, from what was printed."""
     lines = (line.split(", again")[0] for line in screen.splitlines())
-    steps = ("load", "patch", "calibrate", "transfer", "lora", "control", "merge", "evaluate")
-    return [line for line in lines if line in (*steps, "save", "card")]
+    return [line for line in lines if line in STEPS]
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gravity_hf import GravityConfig, gravity_lora, load_gravity_model, patch_with_gravity
 from gravity_hf.training.tokenizers import byte_tokenizer
 
-SMALL = ("--samples", 2, "--length", 32)
+SMALL = ("--samples", 2, "--length", 32, "--no-figures")
 
 
 def test_convert_then_status_then_generate(decoder: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def convert(
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text, its last part held out; repeatable [default: Python's]"),
+        typer.Option(help="Text, its last part held out; repeatable (default: Python's)"),
     ] = None,
     law: Annotated[str, typer.Option(help="force or power.")] = "force",
     distance: Annotated[str, typer.Option(help="lifted or euclidean.")] = "lifted",
@@ -62,6 +62,13 @@ def convert(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")] = "auto",
     seed: Annotated[int, typer.Option(help="Of text, batches and LoRA.")] = 0,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="MODEL's name on the Hub, for the card, where MODEL is a folder."),
+    ] = None,
+    figures: Annotated[
+        bool, typer.Option(help="Draw figures for the card, where matplotlib is installed.")
+    ] = True,
     force: Annotated[
         bool, typer.Option("--force", help="Start anew and replace the model in OUT.")
     ] = False,
@@ -98,7 +105,11 @@ def convert(
 
     files = [str(file) for file in text] if text else None
     settings = ConversionSettings(
-        model=ModelArguments(model, str(out), None, dtype, device, force, list(skip or ())),
+        model=ModelArguments(
+            *(model, str(out), None, dtype, device, force, list(skip or ())),
+            base_model=base_model,
+            figures=figures,
+        ),
         gravity=GravityArguments(
             law=law,
             distance=distance,

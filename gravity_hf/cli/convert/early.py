@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...hub.card_facts import is_local
+from ...hub.card_host import read_host_card
 from ...integration.calibration import calibrate as calibrate_model
 from ...integration.patching import gravity_status, patch_with_gravity
 from ...training.files import write_text
@@ -31,6 +33,8 @@ def load(context: Context, folder: Path) -> dict[str, Any]:
         "writes": require_text_model(model),
         "max_positions": getattr(model.config, "max_position_embeddings", None),
         "vocabulary": model.get_input_embeddings().num_embeddings,
+        "local": is_local(context.settings.model.model),
+        "card": read_host_card(context.settings.model.model),
     }
 
 

@@ -21,7 +21,7 @@ from .checks import check_settings
 from .context import Context
 from .early import calibrate, load, patch
 from .evaluating import evaluate
-from .saving import RESULTS_FILE, card, save
+from .saving import RESULTS_FILE, can_draw, card, figures, save
 from .settings import STEPS, ConversionSettings
 
 
@@ -97,7 +97,8 @@ def _all_steps(settings: ConversionSettings) -> tuple[Step, ...]:
         "merge": {"run": merge, "after": ("lora",)},
         "evaluate": {"run": evaluate, "after": ("merge", "control"), "keeps": True},
         "save": {"run": save, "after": ("evaluate", "merge"), "is_intact": is_saved},
-        "card": {"run": card, "after": ("save",), "is_intact": is_saved},
+        "figures": {"run": figures, "after": ("save",), "is_intact": is_saved},
+        "card": {"run": card, "after": ("save", "figures"), "is_intact": is_saved},
     }
     return tuple(Step(name, **ways[name]) for name in STEPS)
 
@@ -140,6 +141,8 @@ def _settings_of_steps(settings: ConversionSettings) -> dict[str, dict[str, Any]
         "control": {**budget, **training},
         "merge": {},
         "evaluate": {**vars(settings.evaluation), **data},
-        "save": {},
+        "save": chosen("base_model"),
+        # Drawn once matplotlib is there.
+        "figures": {"matplotlib": can_draw()},
         "card": {},
     }

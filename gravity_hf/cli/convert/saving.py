@@ -1,11 +1,17 @@
-"""The last steps: the finished folder, and its card."""
+"""The last steps: the finished folder, its figures and its card."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
 
+from ... import __version__
+from ...hub.card_facts import RESULTS_FILE, gravity_block
+from ...hub.card_figures import FOLDER as FIGURES
+from ...hub.card_host import read_host_card
+from ...hub.card_tensors import count_parameters, gravity_layers
 from ...hub.cards import write_card
 from ...training.conditions import run_conditions
 from ...training.files import write_json
@@ -15,8 +21,9 @@ from ..steps.work import read_record
 from .context import Context
 from .early import CALIBRATION_TABLE
 
-RESULTS_FILE = "results.json"
 CARD_FILE = "README.md"
+# Figures show one text or few; the rest is for quantiles.
+_FIGURE_BATCHES = 4
 
 
 def save(context: Context, folder: Path) -> dict[str, Any]:
@@ -29,26 +36,59 @@ def save(context: Context, folder: Path) -> dict[str, Any]:
     if "calibrate" not in context.work.skipped:
         for name in (CALIBRATION_FILE, CALIBRATION_TABLE):
             shutil.copyfile(context.work.folder("calibrate") / name, new / name)
-    write_json(new / RESULTS_FILE, results(context))
-    return publish(context, new, ("save", "card"))
+    write_json(new / RESULTS_FILE, results(context, new))
+    return publish(context, new, ("save", "figures", "card"))
+
+
+def figures(context: Context, folder: Path) -> dict[str, Any]:
+    """Pictures of the finished model beside its host, on held-out text where there is some."""
+    if not can_draw():
+        context.say("No figures: matplotlib is not installed (pip install 'gravity_hf[viz]')")
+        return {"files": []}
+    # Imported here because matplotlib is optional.
+    from ...viz.export import write_figures
+
+    batches = (context.data.held_out or context.data.calibration)[:_FIGURE_BATCHES]
+    write_figures(
+        context.final(),
+        context.out / FIGURES,
+        batches=[{k: v for k, v in batch.items() if k != "labels"} for batch in batches],
+        host=context.host(),
+        results=read_record(context.out, RESULTS_FILE),
+        calibration=(read_record(context.out, CALIBRATION_FILE) or {}).get("rows"),
+        tokenizer=context.tokenizer,
+    )
+    return {"files": [FIGURES]}
+
+
+def can_draw() -> bool:
+    """Whether figures can be drawn here."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def card(context: Context, folder: Path) -> dict[str, Any]:
-    """README.md of the finished folder, from results.json alone."""
-    write_card(context.out / RESULTS_FILE, context.out / CARD_FILE)
+    """README.md of the finished folder, from what lies in it."""
+    write_card(context.out, context.out / CARD_FILE)
     return {"files": [CARD_FILE]}
 
 
-def results(context: Context) -> dict[str, Any]:
-    """Everything that was measured, with its conditions; None where a step was left out."""
+def results(context: Context, saved: Path) -> dict[str, Any]:
+    """Everything that was measured, with its conditions; None where a step was left out.
+
+    `saved`: where the model lies already; its constants are read from there.
+    """
     host = context.result("load") or {}
     calibration = context.result("calibrate")
     return {
         "format": 1,
-        "host": {"name": context.settings.model.model, **host},
+        "gravity_hf": __version__,
+        "host": {**host, **_host(context, host)},
         "saved": "adapter" if _is_adapter(context) else "model",
         "law": context.settings.config().to_dict()["law"],
         "settings": context.settings.to_dict(),
+        "gravity": gravity_block(saved),
+        "layers": gravity_layers(saved),
+        "parameters": count_parameters(saved),
         "left_out": sorted(context.work.skipped),
         "patch": context.result("patch"),
         "calibration": None if calibration is None else calibration["summary"],
@@ -60,6 +100,15 @@ def results(context: Context) -> dict[str, Any]:
             "processes": context.processes.num_processes,
         },
     }
+
+
+def _host(context: Context, loaded: dict[str, Any]) -> dict[str, Any]:
+    """Whose work it is; the card of the host's copy on the Hub where its folder has none."""
+    model = context.settings.model
+    card = loaded.get("card") or read_host_card(model.model)
+    if model.base_model and not card["found"]:
+        card = read_host_card(model.base_model)
+    return {"name": model.model, "base_model": model.base_model, "card": card}
 
 
 def _training(context: Context, name: str) -> dict[str, Any] | None:

@@ -12,9 +12,12 @@ from ..steps.parsing import parse_settings
 
 STEPS = (
     *("load", "patch", "calibrate", "transfer", "lora", "control", "merge", "evaluate"),
-    *("save", "card"),
+    *("save", "figures", "card"),
 )
-SKIPPABLE = ("calibrate", "transfer", "lora", "control", "merge", "evaluate", "card")
+SKIPPABLE = (
+    *("calibrate", "transfer", "lora", "control", "merge", "evaluate"),
+    *("figures", "card"),
+)
 
 
 def _help(default: Any, text: str, **metadata: Any) -> Any:
@@ -36,6 +39,10 @@ class ModelArguments:
     skip: list[str] = field(
         default_factory=list, metadata={"help": f"Steps to leave out: {', '.join(SKIPPABLE)}."}
     )
+    base_model: str | None = _help(
+        None, "The host's name on the Hub, for the card, where `model` is a folder."
+    )
+    figures: bool = _help(True, "Draw figures for the card, where matplotlib is installed.")
 
 
 @dataclass
@@ -153,6 +160,8 @@ class ConversionSettings:
             off.add("control")
         if not self.lora.merge:
             off.add("merge")
+        if not self.model.figures:
+            off.add("figures")
         return steps - off
 
 

@@ -1,0 +1,116 @@
+"""The cards in model_cards/ say what their results say, and can be read back."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub.card_results import upload
+from hub.loopback import LoopbackHub
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from gravity_hf.hub.card_metadata import eval_results
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "model_cards"
+NAMES = sorted(file.name.removesuffix(".results.json") for file in FOLDER.glob("*.results.json"))
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)+(?:e[-+]?\d+)?")
+_FORMATS = (".4f", "+.4f", ".2f", ".3g", ".4g", "g")
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def card_of(name: str) -> ModelCard:
+    return ModelCard.load(FOLDER / f"{name}.md")
+
+
+def results_of(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.results.json").read_text())
+
+
+def leaves(content: Any) -> Iterator[Any]:
+    if isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from leaves(part)
+    else:
+        yield content
+
+
+def numbers_of(results: dict[str, Any]) -> set[str]:
+    """Every number of the results as a card may write it, and differences of their losses."""
+    found: set[str] = set()
+    for leaf in leaves(results):
+        if isinstance(leaf, str):
+            found.update(_NUMBER.findall(leaf))
+        elif isinstance(leaf, int | float):
+            found.update(format(leaf, form) for form in _FORMATS)
+    losses = [row["loss"] for row in results["evaluation"]["rows"] if "loss" in row]
+    found.update(format(a - b, "+.4f") for a, b in itertools.product(losses, losses))
+    return found
+
+
+def test_there_is_a_card_of_an_encoder_and_of_a_language_model() -> None:
+    measures = {results_of(name)["evaluation"]["measure"] for name in NAMES}
+    assert measures == {"loss", "embeddings"}
+
+
+def test_every_decimal_number_comes_from_the_results(name: str) -> None:
+    numbers = set(_NUMBER.findall(card_of(name).text))
+    assert len(numbers) > 20
+    assert numbers - numbers_of(results_of(name)) == set()
+
+
+def test_a_card_reads_back_with_its_results(name: str) -> None:
+    card = card_of(name)
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    index = card.data.to_dict()["model-index"]
+    assert model_index_to_eval_results(index) == (name, eval_results(results_of(name)))
+
+
+def test_the_hub_takes_the_metadata(name: str, hub: LoopbackHub) -> None:
+    upload(card_of(name), hub)
+    assert hub.count("validate-yaml") == 1
+
+
+def test_a_card_is_what_the_script_makes_of_the_results(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("make_cards", ROOT / "scripts/make_cards.py")
+    script = importlib.util.module_from_spec(spec)
+    # Where dataclasses look for the module of a class.
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    file = f"{name}.results.json"
+    (tmp_path / file).write_bytes((FOLDER / file).read_bytes())
+    (tmp_path / "figures").symlink_to(FOLDER / "figures")
+    monkeypatch.setattr(script, "CARDS", tmp_path)
+    script.main(["render", "--work", str(tmp_path / "work")])
+    assert (tmp_path / f"{name}.md").read_text() == (FOLDER / f"{name}.md").read_text()
+
+
+def test_a_card_names_its_command_and_no_place_on_a_machine(name: str) -> None:
+    results = results_of(name)
+    assert f"`{results['conditions']['command']}`" in card_of(name).text
+    for leaf in leaves(results):
+        assert not (isinstance(leaf, str) and re.search(r"(^|[\s'\"])(/|~/|\.\./)\w", leaf)), leaf
+
+
+def test_pictures_that_a_card_shows_are_there(name: str) -> None:
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card_of(name).text):
+        assert (FOLDER / path).is_file(), path
+
+
+def test_the_index_names_every_card_and_its_command(name: str) -> None:
+    index = (FOLDER / "README.md").read_text()
+    assert f"[{name}]({name}.md)" in index and f"[results]({name}.results.json)" in index
