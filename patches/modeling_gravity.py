@@ -387,10 +387,12 @@ class GravityHost:
             super().__init__(config, *args, **kwargs)
         finally:
             _building.now = False
-        PreTrainedModel.set_attn_implementation(self, ATTENTION_NAME)
-        # Parts may have copies of one config, which transformers does not reach.
         configs = [getattr(m, "config", None) for m in self.modules()]
         configs = [c for c in configs if isinstance(c, transformers.PreTrainedConfig)]
+        for part in configs:
+            vars(part).pop("_attn_was_changed", None)  # left by transformers 5.17, and saved
+        PreTrainedModel.set_attn_implementation(self, ATTENTION_NAME)
+        # Parts may have copies of one config, which transformers does not reach.
         named = {type(c) for c in configs if c._attn_implementation == ATTENTION_NAME}
         for part in configs:
             if type(part) in named:

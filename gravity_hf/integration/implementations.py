@@ -25,8 +25,10 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
 
 def name_gravity(model: PreTrainedModel) -> None:
     """Let every part of `model` that transformers can set name gravity as its attention."""
+    _forget_changes(model)
     # As the class itself would: `GravityHost` refuses to be told.
     PreTrainedModel.set_attn_implementation(model, ATTENTION_NAME)
+    _forget_changes(model)
     # Parts may have copies of one config (an encoder and a decoder, or a head made from a copy of
     # its tower's), which transformers does not reach: what holds for one holds for all.
     configs = configs_of(model)
@@ -34,6 +36,13 @@ def name_gravity(model: PreTrainedModel) -> None:
     for config in configs:
         if type(config) in named:
             config._attn_implementation_internal = ATTENTION_NAME
+
+
+def _forget_changes(model: PreTrainedModel) -> None:
+    # transformers 5.17 leaves its note "changed already" on parts of parts, from where it is saved
+    # and keeps the loaded model's part from being changed.
+    for config in configs_of(model):
+        vars(config).pop("_attn_was_changed", None)
 
 
 def restore_attention(
