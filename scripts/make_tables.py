@@ -396,8 +396,43 @@ def parallel() -> str:
     )
 
 
+def formats(folder: Path = BENCHMARKS) -> str:
+    """What every export format weighs and loses."""
+    result = json.loads((folder / "formats.json").read_text(encoding="utf-8"))
+    headers = ["model", "format", "size, MB", "max error / largest output", "mean KL, nats"]
+    table = []
+    for row in result["rows"]:
+        measured = row["measured"]
+        size = f"{row['bytes_after'] / 1e6:.1f} of {row['bytes_before'] / 1e6:.1f}"
+        divergence, cosine = measured.get("kl_mean"), measured.get("cosine_mean")
+        shown = [
+            "–" if divergence is None else f"{divergence:.1e}",
+            "–" if cosine is None else f"{max(0.0, 1 - cosine):.1e}",
+        ]
+        error = f"{measured['relative_error']:.1e}"
+        table.append([row["model"], row["format"], size, error, *shown])
+    return (
+        markdown([*headers, "1 − mean cosine"], table)
+        + f"\n{_benchmark_conditions(result['conditions'])}\n"
+    )
+
+
+def space(folder: Path = BENCHMARKS) -> str:
+    """How long a visitor of the Space waits."""
+    result = json.loads((folder / "space.json").read_text(encoding="utf-8"))
+    columns = ("median_s", "max_s", "cpu_median_s")
+    table = [
+        [f"{row['model']}, {row['what']}", str(row["answers"]), *(f"{row[c]:.2f}" for c in columns)]
+        for row in result["rows"]
+    ]
+    headers = ["seconds per answer", "answers", "median", "longest", "CPU, median"]
+    return markdown(headers, table) + f"\n{_benchmark_conditions(result['conditions'])}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "parallel": parallel,
+    "formats": formats,
+    "space": space,
     "support": support,
     "conversion": conversion,
     "recipes": recipes,
