@@ -142,12 +142,15 @@ def _check(name: str, files: dict[str, str]) -> None:
 
 
 def _is_held(name: str, node: ast.ImportFrom, files: dict[str, str]) -> bool:
-    """Whether a relative import of file `name` ends at another file of the kernel."""
+    """Whether a relative import of file `name` ends at other files of the kernel."""
     parents = PurePosixPath(name).parents
     if node.level > len(parents):
         return False
-    target = parents[node.level - 1] / (node.module or "").replace(".", "/")
-    return not {f"{target}.py", f"{target}/__init__.py"}.isdisjoint({*files, "_ops.py"})
+    # In `from . import name` the names are the files.
+    modules = [node.module] if node.module else [alias.name for alias in node.names]
+    targets = [parents[node.level - 1] / module.replace(".", "/") for module in modules]
+    held = {*files, "_ops.py"}
+    return all(not {f"{x}.py", f"{x}/__init__.py"}.isdisjoint(held) for x in targets)
 
 
 def _expect_import(condition: bool, where: str, got: str) -> None:

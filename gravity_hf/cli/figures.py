@@ -96,7 +96,7 @@ def figures(
         tokenizer = load_any_tokenizer(str(directory))
         inputs = _inputs(model, tokenizer, text, prompt, seed)
         if against is not None:
-            inputs["host"] = load_host(against, device=device)
+            inputs["host"] = load_host(against, device=device, argument="--against")
     else:
         console.print(
             f"{type(model).__name__} reads no plain text: only the figures that need none",

@@ -12,10 +12,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_host(
-    name: str, dtype: str = "auto", device: str = "cpu", **options: Any
+    name: str, dtype: str = "auto", device: str = "cpu", *, argument: str = "MODEL", **options: Any
 ) -> PreTrainedModel:
     """The model in the folder or Hub repository `name`, in the class that its config names.
 
+    `argument`: what errors call the argument of the command line that named it.
     `options` go to `from_pretrained`; with a `device_map` among them the model stays where that
     puts it.
     """
@@ -28,18 +29,18 @@ def load_host(
         raise ValueError(f"--dtype: expected one of {list(DTYPES)}, got {dtype!r}")
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(
-            f"MODEL: expected a model folder, there is none at {name!r}. Check the spelling"
+            f"{argument}: expected a model folder, there is none at {name!r}. Check the spelling"
         )
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"MODEL: expected a model folder or the name of a model on the Hub, got {name!r} "
+            f"{argument}: expected a model folder or the name of a model on the Hub, got {name!r} "
             f"({_first_sentence(error)}). Check the spelling, or download it first"
         ) from error
     if getattr(config, "gravity", None) is not None or config.model_type.startswith("gravity_"):
         raise ValueError(
-            f"MODEL: expected a model with dot-product attention, {name!r} already is a gravity "
+            f"{argument}: expected a model with dot-product attention, {name!r} already is a gravity "
             f"model. Look at it with: gravity-hf status {name}"
         )
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)

@@ -21,7 +21,7 @@ def status(
 ) -> None:
     """Say what DIR holds: the gravity settings, masses per layer, and how gravitational it is.
 
-    Reads config.json and the gravity tensors only, so it is quick on a model of any size.
+    Reads settings and the gravity tensors only, so it is quick on a model of any size.
 
     Example:
 
@@ -44,12 +44,18 @@ def status(
 
 
 def _show_gravity_model(console: Console, directory: Path, config: dict[str, Any]) -> None:
+    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    console.print(_title(directory, f"gravity model, {architecture}"))
+    _show_gravity(console, directory, config["gravity"])
+    console.print(f"  next: {_next_step(directory, architecture)}", markup=False)
+
+
+def _show_gravity(console: Console, directory: Path, block: dict[str, Any]) -> None:
+    """Settings, masses and calibration, of a model or an adapter."""
     from ..config import GravityConfig
     from ..hub.card_tensors import gravity_layers
 
-    settings = GravityConfig.from_dict(config["gravity"])
-    architecture = (config.get("architectures") or [config.get("model_type")])[0]
-    console.print(_title(directory, f"gravity model, {architecture}"))
+    settings = GravityConfig.from_dict(block)
     console.print(
         f"  law {settings.law}, distance {settings.distance}, {settings.softness_in_words}"
     )
@@ -58,10 +64,9 @@ def _show_gravity_model(console: Console, directory: Path, config: dict[str, Any
         f"{settings.epsilon:g}, implementation {settings.implementation}"
     )
     layers = gravity_layers(directory)
-    console.print("  over the heads of each layer: lowest / median / highest")
+    console.print("  over each layer: lowest / median / highest")
     console.print(_layer_table(layers))
     _show_calibration(console, directory)
-    console.print(f"  next: {_next_step(directory, architecture)}", markup=False)
 
 
 def _title(directory: Path, what: str) -> str:
@@ -112,9 +117,11 @@ def _show_adapter(console: Console, directory: Path) -> None:
     adapter = read_json(directory / "adapter_config.json")
     base = adapter.get("base_model_name_or_path") or "an unnamed base model"
     kind = adapter.get("peft_type", "peft")
-    saved = adapter.get("modules_to_save") or []
-    holds = "with masses" if "gravity" in saved else "without masses: plain attention"
+    block = adapter.get("gravity")
+    holds = "without masses: plain attention" if block is None else "with masses"
     console.print(_title(directory, f"{kind} adapter ({holds}) of {base}"))
+    if block is not None:
+        _show_gravity(console, directory, block)
     console.print(
         f"  rank {adapter.get('r', '?')}, alpha {adapter.get('lora_alpha', '?')}; to merge it "
         f"in Python: gravity_hf.load_gravity_model({str(directory)!r}).merge_and_unload()",
@@ -127,7 +134,7 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
     shown = [key for key in titles if any(row[key] is not None for row in layers)]
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("layer", no_wrap=True)
-    table.add_column("heads", justify="right")
+    table.add_column("masses", justify="right")
     for key in shown:
         table.add_column(key.replace("_", " "), justify="right", no_wrap=True)
     for row in layers:

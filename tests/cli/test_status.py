@@ -8,7 +8,7 @@ from typing import Any
 from cli.commands import run
 from hosts import tiny_host, tiny_inputs
 
-from gravity_hf import GravityConfig, calibrate, patch_with_gravity
+from gravity_hf import GravityConfig, calibrate, gravity_lora, patch_with_gravity
 from gravity_hf.cli.status import CALIBRATION_FILE
 
 
@@ -39,3 +39,14 @@ def test_a_budget_is_told_with_the_spread_of_softness(tmp_path: Path) -> None:
 def test_heads_over_the_budget_are_counted(tmp_path: Path) -> None:
     text = shown(tmp_path, max_kl=1e-6, max_softness=0.5)
     assert "18 of 18 heads are over the KL budget" in text
+
+
+def test_an_adapter_is_shown_with_settings_and_masses(tmp_path: Path) -> None:
+    model = patch_with_gravity(tiny_host("qwen2"), GravityConfig(law="power", mass_per="layer"))
+    gravity_lora(model, r=2).save_pretrained(tmp_path)
+    result = run("status", tmp_path)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "GRAVITY_LORA adapter (with masses)" in text and "law power" in text
+    # One mass for all heads of a layer: softplus(0.5).
+    assert "layer masses mass model.layers.0.self_attn 1 0.9741 / 0.9741 / 0.9741" in text

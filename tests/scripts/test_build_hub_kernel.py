@@ -221,6 +221,7 @@ def test_another_version_loads_beside_the_first(script, kernel, package, tmp_pat
         ("from transformers import x", "got transformers"),
         ("from ..layers import x", r"got \.\.layers\. Move"),
         ("from ...elsewhere import x", r"got \.\.\.elsewhere"),
+        ("from . import missing", r"got \.\. Move"),
         ("torch.library.define(NAME, '')", "named by a literal .* got NAME"),
     ],
 )
