@@ -176,8 +176,9 @@ class Moments(Observer):
 class Agreement(Observer):
     """Second pass, per query head: KL from the host's attention to gravity's, and the contrast.
 
-    Contrast is `((d2_95 + eps) / (d2_05 + eps))^2` over attended pairs, sinks aside: by how much
-    the pull of a near key exceeds that of a far one. 1 means that distance makes no difference.
+    Contrast is `((d2_95 + eps) / (d2_05 + eps))^2` over attended pairs, sinks aside: the softened
+    squared distance of a far key over that of a near one, squared; under the law "force" the score
+    falls by so much more steeply at the near one. 1 means that distance makes no difference.
     """
 
     def __init__(self, terms: GravityTerms, law: str, reach_sq: Tensor) -> None:

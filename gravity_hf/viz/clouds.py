@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 _LARGEST, _SMALLEST = 420.0, 9.0
 _NAMED = 6
+# Free space beyond the outermost points, as a share of an axis.
+_AROUND = 0.04
+# An axis is at least this share of the longest: its ticks need room, however little varies.
+_THINNEST = 0.3
 # Share of the cloud's width that a name takes up.
 _ROOM = 0.12
 
@@ -43,6 +47,17 @@ class HeadCloud:
         """Marker areas of the keys, points squared: proportional to `received`, never invisible."""
         most = self.received.max().clamp(min=1e-12)
         return (_LARGEST * self.received / most).clamp(min=_SMALLEST)
+
+    @property
+    def limits(self) -> Tensor:
+        """Ends of the three axes `[3, 2]`, all points within; the axes are to share one scale."""
+        points = torch.cat([self.queries, self.keys])
+        low, high = points.amin(0), points.amax(0)
+        spans = high - low
+        spans = spans.clamp(min=max(_THINNEST * float(spans.max()), 1e-6))
+        reach = (0.5 + _AROUND) * spans
+        middle = (low + high) / 2
+        return torch.stack([middle - reach, middle + reach], -1)
 
     @property
     def axis_titles(self) -> list[str]:
@@ -89,7 +104,7 @@ def cloud_figure(cloud: HeadCloud, tokens: Sequence[str], title: str) -> Drawing
     """
 
     def build(theme: Theme) -> Figure:
-        figure = new_figure(7.6, 6.4)
+        figure = new_figure(7.6, 6.4, title=title)
         axis: Axes3D = figure.add_subplot(projection="3d")
         # Names lie over the discs, not between them.
         axis.computed_zorder = False
@@ -113,12 +128,14 @@ def cloud_figure(cloud: HeadCloud, tokens: Sequence[str], title: str) -> Drawing
         for which, name in zip("xyz", cloud.axis_titles, strict=True):
             getattr(axis, f"set_{which}label")(name, fontsize=9)
             axis.tick_params(axis=which, labelsize=7.5)
+        axis.set(**dict(zip(("xlim", "ylim", "zlim"), cloud.limits.tolist(), strict=True)))
+        # A distance is as long along one axis as along another.
+        axis.set_aspect("equal")
         axis.view_init(elev=22, azim=-58)
         legend = axis.legend(loc="upper left", fontsize=8.5)
         # Their real sizes say nothing in a legend.
         for handle in legend.legend_handles:
             handle.set_sizes([36.0])
-        figure.suptitle(title, x=0.01, ha="left")
         return figure
 
     return Drawing("queries-and-keys", title, "", build)

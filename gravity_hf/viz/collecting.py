@@ -144,13 +144,9 @@ def _check_choice(
     if layer is not None and str(layer) not in layers.values():
         known = ", ".join(layers.values())
         raise ValueError(f"layer: expected a converted one of {known}, got {layer}")
-    possible = [counts[n] for n, label in layers.items() if layer in (None, _number(label))]
+    possible = [counts[n] for n, label in layers.items() if layer in (None, int(label))]
     if head is not None and not 0 <= head < max(possible):
         raise ValueError(f"head: expected 0 to {max(possible) - 1}, got {head}")
-
-
-def _number(label: str) -> int:
-    return int(label)
 
 
 def _choose(

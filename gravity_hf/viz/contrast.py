@@ -1,4 +1,4 @@
-"""By how much a near key's pull exceeds a far one's, as heatmaps."""
+"""How much nearer near keys are than far ones, for the law, as heatmaps."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _POINTS = 96
 _MOST_LAYERS = 12
 _MOST_HEADS = 32
+# Opacity of the outer and the inner band.
+_BANDS = 0.25, 0.5
 _X = "squared distance d²"
 
 
@@ -40,12 +42,13 @@ def score_curves(heads: Sequence[HeadStatistics], layer: str, title: str | None 
     def build(theme: Theme) -> Figure:
         columns = min(len(shown), 4 if len(shown) <= 12 else 8)
         rows = math.ceil(len(shown) / columns)
-        figure = new_figure(
-            max(2.5 * columns, 4.5) if columns <= 4 else 2.35 * columns, 1.9 * rows + 1
-        )
+        width = max(2.5 * columns, 4.5)
+        # All four side by side are wider than two panels.
+        entries = 4 if columns > 2 else 2
+        figure = new_figure(width, 1.9 * rows + 1.4 - 0.1 * entries, title=drawing.title)
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for axis, head in zip(axes, shown, strict=False):
-            _draw_head(axis, head)
+            _draw_head(axis, head, theme)
         for index, axis in enumerate(figure.axes):
             axis.set_visible(index < len(shown))
             if index + columns >= len(shown):
@@ -53,8 +56,7 @@ def score_curves(heads: Sequence[HeadStatistics], layer: str, title: str | None 
             if index % columns == 0:
                 axis.set_ylabel("score (nats)")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8.5)
-        figure.suptitle(drawing.title, x=0.01, ha="left")
+        figure.legend(handles, labels, loc="outside lower center", ncol=entries, fontsize=8.5)
         return figure
 
     what = f"How the score falls with distance: layer {layer}, law “{heads[0].law}”"
@@ -82,10 +84,11 @@ def score_curves_by_layer(
     def build(theme: Theme) -> Figure:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
+        from matplotlib.ticker import MaxNLocator
 
         columns = min(len(shown), 4)
         rows = math.ceil(len(shown) / columns)
-        figure = new_figure(2.7 * columns + 1.2, 2.1 * rows + 0.9)
+        figure = new_figure(2.7 * columns + 1.2, 2.1 * rows + 0.9, title=title)
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
         most = max(len(layers[name]) for name in shown)
         colors = ScalarMappable(Normalize(0, max(most - 1, 1)), line_map(theme))
@@ -96,13 +99,16 @@ def score_curves_by_layer(
             axis.grid(axis="y")
         for axis in axes.flat[len(shown) :]:
             axis.set_visible(False)
-        bar = figure.colorbar(colors, ax=axes, pad=0.015, fraction=0.03, aspect=28)
-        bar.outline.set_visible(False)
-        bar.set_label("head")
+        if most > 1:
+            ticks = MaxNLocator(6, integer=True)
+            bar = figure.colorbar(colors, ax=axes, pad=0.015, fraction=0.03, aspect=28, ticks=ticks)
+            bar.outline.set_visible(False)
+            bar.set_label("head")
         for axis in axes.flat[max(len(shown) - columns, 0) :]:
             axis.set_xlabel(_X)
-        figure.supylabel("score minus score at the median (nats)", fontsize=9.5)
-        figure.suptitle(title, x=0.01, ha="left")
+        figure.supylabel(
+            "score minus score\nat the median (nats)", fontsize=9.5, multialignment="center"
+        )
         return figure
 
     return Drawing("score-curves-by-layer", title, "", build)
@@ -116,13 +122,15 @@ def curve_of(head: HeadStatistics) -> tuple[Tensor, Tensor]:
     return distance_sq, head.score(distance_sq)
 
 
-def _draw_head(axis: Axes, head: HeadStatistics) -> None:
+def _draw_head(axis: Axes, head: HeadStatistics, theme: Theme) -> None:
     distance_sq, score = (values.numpy() for values in curve_of(head))
     low, lower, median, upper, high = head.distances
-    band = {"color": BLUE, "linewidth": 0}
-    axis.axvspan(low, high, alpha=0.22, label="5 to 95 % of pairs", **band)
-    axis.axvspan(lower, upper, alpha=0.3, label="25 to 75 %", **band)
-    axis.axvline(median, color=BLUE, linewidth=1.0, linestyle="--", label="median")
+    # Side by side, not one over the other: the legend shows each colour as it is seen.
+    outer, inner = ({"color": BLUE, "linewidth": 0, "alpha": alpha} for alpha in _BANDS)
+    axis.axvspan(low, lower, label="5 to 95 % of pairs", **outer)
+    axis.axvspan(upper, high, **outer)
+    axis.axvspan(lower, upper, label="25 to 75 %", **inner)
+    axis.axvline(median, color=theme.ink, linewidth=1.0, linestyle="--", label="median")
     axis.plot(distance_sq, score, color=ORANGE, linewidth=1.8, label="score of the head")
     axis.set_xlim(float(distance_sq[0]), float(distance_sq[-1]))
     axis.set_title(f"head {head.head}: M = {head.mass:.3g}, ε = {head.softening:.3g}", fontsize=8)
@@ -140,7 +148,7 @@ def _draw_range(axis: Axes, head: HeadStatistics, color: tuple[float, ...]) -> N
 
     axis.plot(*line(low, high), color=color, linewidth=1.0)
     axis.plot(*line(lower, upper), color=color, linewidth=3.0, solid_capstyle="butt")
-    axis.plot([median], [0.0], "o", color=color, markersize=3.5)
+    axis.plot([median], [0.0], "o", color=color, markersize=5.5)
 
 
 def _evenly(names: list[str], most: int) -> list[str]:

@@ -25,8 +25,10 @@ _MASSES = (
     "Mass M of every head. A larger mass makes the same difference of distance count for more. "
 )
 _CONTRAST = (
-    "By how much the pull of a near key (5 % quantile of squared distance) exceeds that of a far "
-    "one (95 %); at 1 distance makes no difference."
+    "Softened distance d² + ε of a far key (95 % quantile) over that of a near one (5 %), squared. "
+    "Under the law “force” by so much steeper does the score fall at the near key; under “power” "
+    "this to the power of M² is the ratio of the two keys' weights. At 1 distance makes no "
+    "difference."
 )
 _TWO_TEXTS = " At calibration: on the text it was calibrated on; now: on the text of these figures."
 _CURVES = (
@@ -38,11 +40,14 @@ _BY_LAYER = (
     "thick from 25 to 75 %, the dot is the median. The steeper, the more distance matters."
 )
 _CLOUD = (
-    "Three principal components of the head's queries and keys; distances here come as near to "
-    "those of the law as three dimensions allow. The area of a key is the attention that it "
-    "receives, summed over the queries."
+    "Three principal components of the head's queries and keys, on axes of one scale; distances "
+    "here come as near to those of the law as three dimensions allow. The area of a key is the "
+    "attention that it receives, summed over the queries."
 )
-_LOSSES = "Loss at every logged step, smoothed; raw values stay visible where a panel has one run."
+_LOSSES = (
+    "Averaged over a fortieth of the run, at least ten steps, with the logged values behind. As "
+    "logged where the run has less than forty steps, or no more than one value per average."
+)
 
 
 def figures_of(data: FigureData) -> list[Drawing]:

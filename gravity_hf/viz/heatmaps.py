@@ -56,7 +56,7 @@ def draw_heatmaps(
     width = min(max(2.5, 0.7 + 0.42 * heads), 6.2) * len(panels) + 0.9
     is_written = heads * rows <= _MAX_WRITTEN
     height = 1.35 + min(0.42 * max(rows, 2), 7.2)
-    figure = new_figure(max(width, 0.09 * len(title or "") + 0.4), height)
+    figure = new_figure(width, height, title=title)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (name, grid) in zip(axes, panels.items(), strict=True):
         mesh = _draw_panel(axis, grid, norm, colors)
@@ -79,8 +79,6 @@ def draw_heatmaps(
     bar.outline.set_visible(False)
     bar.set_label(label)
     _plain_numbers(bar)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 

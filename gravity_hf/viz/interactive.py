@@ -176,23 +176,17 @@ def interactive_cloud(
         list(tokens) if len(tokens) == len(p) else [str(i) for i in range(len(p))]
         for p in (cloud.queries, cloud.keys)
     ]
-    x, y, z = (axis.tolist() for axis in cloud.queries.T)
-    figure.add_scatter3d(
-        x=x,
-        y=y,
-        z=z,
-        mode="markers",
+    _add_points(
+        figure,
+        cloud.queries,
         name="query",
         text=names[0],
         marker={"size": 3, "symbol": "diamond", "color": ORANGE, "opacity": 0.8},
         hovertemplate="query %{text}, position %{pointNumber}<extra></extra>",
     )
-    x, y, z = (axis.tolist() for axis in cloud.keys.T)
-    figure.add_scatter3d(
-        x=x,
-        y=y,
-        z=z,
-        mode="markers",
+    _add_points(
+        figure,
+        cloud.keys,
         name="key",
         text=names[1],
         customdata=cloud.received.tolist(),
@@ -201,14 +195,26 @@ def interactive_cloud(
         hovertemplate="key %{text}, position %{pointNumber}<br>"
         "attention received %{customdata:.3f}<extra></extra>",
     )
-    axes = dict(zip(("xaxis", "yaxis", "zaxis"), cloud.axis_titles, strict=True))
+    axes = {
+        axis: {"title": {"text": name}, "range": ends}
+        for axis, name, ends in zip(
+            ("xaxis", "yaxis", "zaxis"), cloud.axis_titles, cloud.limits.tolist(), strict=True
+        )
+    }
     figure.update_layout(
-        scene={axis: {"title": {"text": name}} for axis, name in axes.items()},
+        # "data": a distance is as long along one axis as along another.
+        scene={"aspectmode": "data", **axes},
         scene_camera={"eye": {"x": 1.6, "y": -1.6, "z": 0.8}, "center": {"z": -0.15}},
         legend={"itemsizing": "constant"},
         height=680,
     )
     return Interactive("queries-and-keys", title, caption, figure)
+
+
+def _add_points(figure: go.Figure, points: Tensor, **look: Any) -> None:
+    """Markers at `points` `[N, 3]`; `look`: see plotly's scatter3d."""
+    x, y, z = (axis.tolist() for axis in points.T)
+    figure.add_scatter3d(x=x, y=y, z=z, mode="markers", **look)
 
 
 def _pair_values(

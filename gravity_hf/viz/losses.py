@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .drawing import Drawing
 from .histories import LossPanel, TrainingCurve
@@ -13,12 +13,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Steps that an average is over at least, and averages that a run is long.
+_FEWEST_STEPS, _AVERAGES = 10, 40
+# An average over most of a run would show what is in no data.
+_SHORTEST_RUN = 4 * _FEWEST_STEPS
+# Few logged values are shown as such.
+_MOST_MARKED = 40
+
 
 def loss_curves(panels: Sequence[LossPanel], title: str | None = None) -> Drawing:
     """One column per panel; a second row with gradient norms where any curve has them.
 
-    Curves are moving averages; the raw values stay visible behind them where a panel has one curve
-    only. Where it has several, the first is the one to compare with: wide and pale.
+    Curves are moving averages over a fortieth of the run, at least ten steps; the logged values
+    stay visible behind them. Where that is no more than one logged value, or the run is shorter
+    than forty steps, these are the curve.
+    Where a panel has several curves, the first is the one to compare with: wide and pale.
     """
     if not panels or not all(panel.curves for panel in panels):
         raise ValueError(f"loss_curves: expected at least one curve per panel, got {panels!r}")
@@ -26,7 +35,7 @@ def loss_curves(panels: Sequence[LossPanel], title: str | None = None) -> Drawin
     def build(theme: Theme) -> Figure:
         has_norms = any(c.gradient_norms for panel in panels for c in panel.curves.values())
         rows = 2 if has_norms else 1
-        figure = new_figure(4.9 * len(panels), 3.9 + 2.5 * (rows - 1))
+        figure = new_figure(4.9 * len(panels), 3.9 + 2.5 * (rows - 1), title=title)
         grid = figure.subplots(
             rows, len(panels), squeeze=False, height_ratios=[3, 2][:rows], sharex="col"
         )
@@ -39,12 +48,21 @@ def loss_curves(panels: Sequence[LossPanel], title: str | None = None) -> Drawin
                 below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncol": 2}
                 names = grid[0][column].get_legend_handles_labels()
                 grid[-1][column].legend(*names, fontsize=8.5, **below)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left")
         return figure
 
     what = "Loss curves: " + ", ".join(panel.title for panel in panels)
     return Drawing("losses", title or what, "", build)
+
+
+def smoothing_weight(steps: Sequence[int]) -> float:
+    """Weight of `smoothed` that averages over a fortieth of the run, at least ten steps; 0, which
+    averages nothing, where so many steps have one logged value, or the run less than forty."""
+    run = steps[-1] - steps[0]
+    if run + 1 < _SHORTEST_RUN:
+        return 0.0
+    interval = run / (len(steps) - 1)
+    window = max(_FEWEST_STEPS, run / _AVERAGES) / interval
+    return 1.0 - 1.0 / max(window, 1.0)
 
 
 def smoothed(losses: Sequence[float], weight: float) -> list[float]:
@@ -88,13 +106,14 @@ def _plain_decades(axis: Axes) -> None:
 
 def _draw_curves(axis: Axes, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> None:
     for index, (name, (steps, values)) in enumerate(curves.items()):
-        # A fortieth of the run, at least ten steps.
-        weight = 1.0 - 1.0 / max(10, len(values) // 40)
-        look = {"color": COLORS[index % len(COLORS)], "linewidth": 1.8}
-        if len(curves) == 1:
-            axis.plot(steps, values, color=COLORS[0], linewidth=0.5, alpha=0.35)
-            look["color"] = BLUE
-        elif index == 0:
+        color = BLUE if len(curves) == 1 else COLORS[index % len(COLORS)]
+        look: dict[str, Any] = {"color": color, "linewidth": 1.8}
+        if len(curves) > 1 and index == 0:
             look |= {"linewidth": 5.0, "alpha": 0.6, "solid_capstyle": "round"}
+        weight = smoothing_weight(steps)
+        if weight > 0.0:
+            axis.plot(steps, values, color=color, linewidth=0.6, alpha=0.4)
+        elif len(steps) <= _MOST_MARKED:
+            look |= {"marker": "o", "markersize": 2.0 + look["linewidth"]}
         axis.plot(steps, smoothed(values, weight), label=name, **look)
     axis.grid(axis="y")

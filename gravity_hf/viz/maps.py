@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_HEADS = 12
-HOST, GRAVITY, DOT_PRODUCT = "host", "gravity", "dot product of the same queries and keys"
+HOST, GRAVITY, DOT_PRODUCT = "host", "gravity", "dot product"
 
 
 def attention_pair(
@@ -48,25 +48,25 @@ def attention_pair(
         first, second = (_hidden(w[head], visible).numpy() for w in (before, gravity.weights))
         queries, keys = visible.shape
         size = min(max(0.165 * max(queries, keys), 2.4), 6.5)
-        figure = new_figure(3 * size + 3.4, size * queries / max(keys, 1) + 1.5, "compressed")
+        height = size * queries / max(keys, 1) + 1.5
+        figure = new_figure(3 * size + 3.4, height, "compressed", title=title)
         axes = figure.subplots(1, 3)
         most = max(float(before[head].max()), float(gravity.weights[head].max()), 1e-6)
         # By the root, or the few large weights would leave everything else in one colour.
         norm = PowerNorm(0.5, 0.0, most)
         for axis, values, what in ((axes[0], first, name), (axes[1], second, GRAVITY)):
             mesh = axis.imshow(values, cmap=ATTENTION_MAP, norm=norm, interpolation="nearest")
-            axis.set_title(what, wrap=True)
+            axis.set_title(what)
         _bar(figure, mesh, axes[:2], "attention weight (root scale)")
         change = second - first
         reach = max(float(np.nanmax(np.abs(change), initial=0.0)), 1e-6)
         mesh = axes[2].imshow(
             change, cmap=change_map(theme), norm=Normalize(-reach, reach), interpolation="nearest"
         )
-        axes[2].set_title(f"{GRAVITY} minus {HOST if host else 'dot product'}")
+        axes[2].set_title(f"{GRAVITY} minus {name}")
         _bar(figure, mesh, [axes[2]], "difference of weights")
         for index, axis in enumerate(axes):
             _label(axis, tokens, queries, keys, with_queries=index == 0)
-        figure.suptitle(title, x=0.01, ha="left")
         return figure
 
     return Drawing("attention", title, "", build)
@@ -85,7 +85,8 @@ def attention_grid(
 
         columns = min(len(heads), 6)
         bands = -(-len(heads) // columns)
-        figure = new_figure(1.75 * columns + 1.6, 3.6 * bands + 0.9, "compressed")
+        width, height = 1.75 * columns + 1.6, 3.6 * bands + 0.9
+        figure = new_figure(width, height, "compressed", title=title)
         axes = figure.subplots(2 * bands, columns, squeeze=False)
         most = max(float(before.max()), float(gravity.weights.max()), 1e-6)
         for axis in axes.flat:
@@ -107,11 +108,10 @@ def attention_grid(
                 if row == 0:
                     axis.set_title(f"head {head}", fontsize=9)
                 if column == 0:
-                    axis.set_ylabel((HOST if host else "dot product") if row == 0 else GRAVITY)
+                    axis.set_ylabel(name if row == 0 else GRAVITY)
         _bar(figure, mesh, axes, "attention weight (root scale)")
         figure.supxlabel("key token (first on the left)", fontsize=9.5)
         figure.supylabel("query token (first on top)", fontsize=9.5)
-        figure.suptitle(title, x=0.01, ha="left")
         return figure
 
     return Drawing("attention-heads", title, "", build)

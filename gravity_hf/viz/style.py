@@ -82,6 +82,8 @@ _PAPERED = (
     "axes3d.yaxis.panecolor",
     "axes3d.zaxis.panecolor",
 )
+# Inches, on both sides together.
+_TITLE_MARGINS = 0.3
 # matplotlib's settings belong to the process; threads of a server draw one after the other.
 _turn = threading.RLock()
 
@@ -122,12 +124,31 @@ def drawing_in(theme: Theme, salt: str = "gravity") -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
-    """An empty figure in inches; no pyplot, so no window system and nothing global. Panels of fixed
-    proportions sit close together in the layout "compressed"."""
+def new_figure(
+    width: float, height: float, layout: str = "constrained", *, title: str | None = None
+) -> Figure:
+    """An empty figure in inches, wider where its title needs that; no pyplot, so no window system
+    and nothing global. Panels of fixed proportions sit close together in the layout
+    "compressed"."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout=layout)
+    if not title:
+        return Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(max(width, _title_width(title)), height), layout=layout)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _title_width(title: str) -> float:
+    """Inches that a title takes up, and the margins beside it, in the settings of `drawing_in`."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    size = rcParams["figure.titlesize"]
+    font = FontProperties(size=size, weight=rcParams["figure.titleweight"])
+    lines = (text_to_path.get_text_width_height_descent(t, font, False) for t in title.split("\n"))
+    return max(width for width, _, _ in lines) / 72 + _TITLE_MARGINS
 
 
 def line_map(theme: Theme) -> LinearSegmentedColormap:

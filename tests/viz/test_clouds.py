@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from gravity_hf.ops.reference import squared_distance
-from gravity_hf.viz.clouds import head_cloud
+from gravity_hf.viz.clouds import cloud_figure, head_cloud
+from gravity_hf.viz.interactive import interactive_cloud
 from gravity_hf.viz.recording import RecordedAttention
+from gravity_hf.viz.style import LIGHT, drawing_in
 
 
 def _recorded(query: Tensor, key: Tensor, radius_sq: float | None = None) -> RecordedAttention:
@@ -60,3 +62,24 @@ def test_discs_grow_with_the_attention_received() -> None:
     first, second = order[-1], order[-2]
     share = float(cloud.received[second] / cloud.received[first])
     assert float(cloud.areas[second] / cloud.areas[first]) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("width", [1, 4], ids=["a-line", "a-cloud"])
+def test_a_distance_is_as_long_along_every_axis(width: int) -> None:
+    stretched = torch.randn(12, width) * torch.tensor([9.0, 3.0, 1.0, 0.5])[:width]
+    cloud = head_cloud(_recorded(torch.randn(9, width), stretched), 0)
+    limits, spans = cloud.limits, cloud.limits.diff(dim=-1).flatten()
+    for points in (cloud.queries, cloud.keys):
+        assert (points > limits[:, 0]).all() and (points < limits[:, 1]).all()
+    # No axis is so short that its numbers would lie on each other.
+    assert spans.min() > 0.25 * spans.max()
+    with drawing_in(LIGHT):
+        axis = cloud_figure(cloud, [], "title").build(LIGHT).axes[0]
+    drawn = [end - start for start, end in (axis.get_xlim(), axis.get_ylim(), axis.get_zlim())]
+    assert drawn == pytest.approx(spans.tolist())
+    per_unit = [float(side) / span for side, span in zip(axis.get_box_aspect(), drawn, strict=True)]
+    assert per_unit == pytest.approx([per_unit[0]] * 3)
+    scene = interactive_cloud(cloud, [], "title", "caption").figure.layout.scene
+    assert scene.aspectmode == "data"
+    ranges = [list(getattr(scene, f"{name}axis").range) for name in "xyz"]
+    assert ranges == [pytest.approx(ends) for ends in limits.tolist()]

@@ -16,7 +16,7 @@ from gravity_hf.viz.drawing import Drawing
 from gravity_hf.viz.figures import figures_of
 from gravity_hf.viz.heatmaps import layer_labels
 from gravity_hf.viz.histories import LossPanel, TrainingCurve
-from gravity_hf.viz.losses import loss_curves, smoothed
+from gravity_hf.viz.losses import loss_curves
 from gravity_hf.viz.masses import mass_change, mass_heatmaps, masses_by_layer
 from gravity_hf.viz.style import DARK, INK, LIGHT
 from gravity_hf.viz.tokens import token_labels
@@ -178,11 +178,6 @@ def test_masses_are_read_layer_by_layer() -> None:
     masses = masses_by_layer(patch_with_gravity(host, GravityConfig()))
     assert [len(row) for row in masses] == [6, 6, 6]
     assert masses[0][0] == pytest.approx(0.9741, abs=1e-4)
-
-
-def test_smoothing_has_no_bias_at_its_start() -> None:
-    assert smoothed([2.0, 2.0, 2.0], 0.9) == pytest.approx([2.0, 2.0, 2.0])
-    assert smoothed([1.0, 3.0], 0.0) == [1.0, 3.0]
 
 
 class Pieces:
