@@ -4,7 +4,6 @@ It lies beside the weights of every exported gravity model, so that
 `AutoModel....from_pretrained(folder, trust_remote_code=True)` works where the library gravity_hf is
 not installed. It needs torch and transformers only. `import gravity_hf` before loading uses the
 library instead, which is faster and can also patch, calibrate and unpatch.
-
 Any class name `Gravity<Host>` is made from transformers' `<Host>` when it is asked for.
 """
 
@@ -27,14 +26,14 @@ from transformers.models.auto import modeling_auto
 
 # Not "gravity": that name belongs to the library, which may be imported in the same process.
 ATTENTION_NAME = "gravity_remote"
-# What config.json names: nobody registers it, so the host's own class refuses to be built.
+# What config.json names: no attention and no file is called so, and the host's own class refuses.
+ATTENTION_KEY, WEIGHTS_KEY = "attn_implementation", "transformers_weights"
 EXPORT_NAME = "gravity-only: load by an Auto class with gravity_hf or trust_remote_code=True"
 OURS = (None, ATTENTION_NAME, EXPORT_NAME)
 VERSION = 1
 SETTINGS = {"epsilon", "mass_init", "mass_per", "law", "distance", "learn_softening", "layers"}
 SETTINGS |= {"implementation", "softness", "max_kl", "version"}
-PAGED = "a paged cache (continuous batching)"
-REFUSED_ARGUMENTS = {"cache": PAGED, "read_index": PAGED}
+REFUSED_ARGUMENTS = dict.fromkeys(("cache", "read_index"), "a paged cache (continuous batching)")
 # Classes that look attention up for something else than attention between tokens.
 NO_HEADS = tuple(f"Inkling2{x}AttentionResidual" for x in ("Block", "LoopBlock", "LoopMessage"))
 # Towers whose attention inverts its mask: right for a boolean one only.
@@ -181,9 +180,8 @@ def _per_head(tensor):
 def _is_causal_unsaid(module, query, arguments):
     """Whether a call without a mask means causal attention, as SDPA and flash attention read it."""
     given = arguments.get("is_causal")
-    if given is None:
-        named_only = type(module).__name__ in CAUSAL_IN_NAME_ONLY
-        given = not named_only and getattr(module, "is_causal", False)
+    if given is None and type(module).__name__ not in CAUSAL_IN_NAME_ONLY:
+        given = getattr(module, "is_causal", False)
     return bool(given) and query.shape[2] > 1
 
 
@@ -198,13 +196,11 @@ def _dot_product(module, query, key, value, mask, **kwargs):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     kwargs["scaling"] = kwargs["scaling"] or query.shape[-1] ** -0.5
     if mask is not None and mask.dtype == torch.bool:
-        nothing = torch.zeros((), dtype=query.dtype, device=mask.device)
-        mask = torch.where(mask, nothing, torch.finfo(query.dtype).min)
+        hidden = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, hidden)
     eager = _eager_attention_of(type(module))
     if eager is None:
-        raise ValueError(
-            f"{type(module)}: expected an eager_attention_forward for {asked}. Call without them"
-        )
+        raise ValueError(f"{type(module)}: expected an eager_attention_forward for {asked}")
     output, weights = eager(module, query, key, value, mask, **kwargs)
     if kwargs.get("head_mask") is not None and weights is not None:
         weights = weights * _per_head(kwargs["head_mask"])
@@ -226,7 +222,10 @@ def _eager_attention_of(module_class):
 
 def _visible_and_bias(module, query, key, mask, arguments):
     """What a query sees, bool, and what is added to its scores."""
-    allowed, bias = _split_mask(_selected_only(module, query, key, mask, arguments))
+    allowed, bias = _selected_only(module, query, key, mask, arguments), None
+    if allowed is not None and allowed.dtype != torch.bool:
+        mask, allowed = allowed, allowed > torch.finfo(allowed.dtype).min / 2
+        bias = mask.masked_fill(~allowed, 0.0).float()
     position_bias = arguments.get("position_bias")
     if position_bias is not None:
         added = position_bias.float() if position_bias.dim() == 4 else position_bias.float()[None]
@@ -254,13 +253,6 @@ def _selected_only(module, query, key, mask, arguments):
     if mask is None or mask.dtype == torch.bool:
         return selected if mask is None else mask & selected
     return mask.masked_fill(~selected, torch.finfo(mask.dtype).min)
-
-
-def _split_mask(mask):
-    if mask is None or mask.dtype == torch.bool:
-        return mask, None
-    allowed = mask > torch.finfo(mask.dtype).min / 2
-    return allowed, mask.masked_fill(~allowed, 0.0).float()
 
 
 def _rows(tensor, block):
@@ -320,17 +312,14 @@ def _head_counts(module):
 def _heads_by_width(module):
     width = _count(module, ("head_dim",))
     projections = (getattr(module, name, None) for name in ("k_proj", "k_content_proj"))
-    widths = (getattr(projection, "out_features", None) for projection in projections)
-    out = next((w for w in widths if isinstance(w, int)), 0)
+    out = next(filter(None, (_count(x, ("out_features",)) for x in projections)), 0)
     return out // width if width and out % width == 0 else 0
 
 
 def _count(owner, names, layer=None):
     values = (getattr(owner, name, None) for name in names)
     if layer is not None:
-        values = (
-            v[layer] if isinstance(v, (list, tuple)) and len(v) > layer else v for v in values
-        )
+        values = (v[layer] if isinstance(v, list | tuple) and len(v) > layer else v for v in values)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
 
@@ -338,8 +327,7 @@ def _settings(config, owner):
     settings = getattr(config, "gravity", None)
     if not isinstance(settings, dict) or set(settings) - SETTINGS:
         raise ValueError(f"{owner}: expected config.gravity with keys {SETTINGS}, got {settings}")
-    got = settings.get("version")
-    if got != VERSION:
+    if (got := settings.get("version")) != VERSION:
         raise ValueError(f"{owner}: version {got}, expected {VERSION}: pip install -U gravity_hf")
     return settings
 
@@ -350,6 +338,18 @@ def _parts(config, values):
     for name in config.sub_configs:
         if isinstance(part := getattr(config, name, None), transformers.PreTrainedConfig):
             yield from _parts(part, values.get(name, {}))
+
+
+def _mark(config, values, key):
+    for _, part in _parts(config, values):
+        part[key] = EXPORT_NAME
+    return values
+
+
+def _read(values):
+    """What config.json says without the file of weights that it names to refuse other classes."""
+    kept = {k: v for k, v in values.items() if (k, v) != (WEIGHTS_KEY, EXPORT_NAME)}
+    return {k: _read(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def _refuse_attention(owner, name, *allowed):
@@ -411,8 +411,7 @@ class GravityHost:
         missing = model.__dict__.pop("_gravity_missing", None)
         if missing is None:
             raise RuntimeError(f"{cls.__name__}: expected to be told what is missing, was not")
-        missing = sorted(key for key in missing if ".gravity." in key)
-        if missing:
+        if missing := sorted(key for key in missing if ".gravity." in key):
             raise ValueError(f"{cls.__name__}: expected gravity tensors, got none: {missing[:3]}")
         return loaded
 
@@ -438,11 +437,13 @@ def _config_class(host):
 
     def to_dict(self):
         values = host.to_dict(self)
-        for _, part in () if torch.compiler.is_compiling() else _parts(self, values):
-            part["attn_implementation"] = EXPORT_NAME
-        return values
+        return values if torch.compiler.is_compiling() else _mark(self, values, ATTENTION_KEY)
 
     body = {"model_type": model_type, "__module__": __name__, "to_dict": to_dict}
+    # What config.json is written from: no config in memory names a file of weights.
+    body["to_diff_dict"] = lambda self: _mark(self, host.to_diff_dict(self), WEIGHTS_KEY)
+    read = host.from_dict.__func__
+    body["from_dict"] = classmethod(lambda cls, values, **kw: read(cls, _read(values), **kw))
     cls = type("Gravity" + host.__name__, (host,), body)
     base = _class_in(modeling_auto.MODEL_MAPPING, host)
     # A type without code of its own borrows the classes of another, which have another config.
@@ -485,8 +486,7 @@ def _model_class(host, config_class):
 
 
 def _inherit_weight_conversions(host, name):
-    conversions = renamings.get_checkpoint_conversion_mapping(host)
-    if conversions is not None:
+    if (conversions := renamings.get_checkpoint_conversion_mapping(host)) is not None:
         renamings.register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
 
 

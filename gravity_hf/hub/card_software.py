@@ -28,9 +28,10 @@ _OWN_ATTENTION = (
 SOFTWARE = (
     Software(
         "transformers without this library",
-        "refuses the model type `{model_type}`, and under the host's own class the attention that "
-        "`config.json` names; with `trust_remote_code=True` it runs gravity, by the code beside "
-        "the weights, and refuses any other `attn_implementation`",
+        "refuses the model type `{model_type}`, and under the host's own class the file of weights "
+        "that `config.json` names, whichever attention is asked for (given a config from "
+        "elsewhere, that class runs dot products); with `trust_remote_code=True` it runs gravity, "
+        "by the code beside the weights, and refuses any other `attn_implementation`",
         None,
     ),
     Software(

@@ -10,11 +10,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import GravityConfig
 from ..integration.autos import MODEL_TYPE_PREFIX
-from ..integration.guards import EXPORT_NAME, GRAVITY_LORA
+from ..integration.guards import EXPORT_NAME, GRAVITY_LORA, WEIGHTS_KEY
 from ..integration.hosts import make_child, select_sites
 from ..integration.remote_code import REMOTE_CODE_MODULE
 from ..integration.sites import find_attention_sites
 from .contents import contents_of
+from .secret_files import refuse_unsafe
 from .skeleton import CHILD, skeleton
 from .tensor_files import Shapes, read_json, shapes_of_export
 
@@ -32,7 +33,7 @@ def check_export(folder: Path) -> None:
         ValueError: what is wrong, with what to do about it.
     """
     folder = Path(folder)
-    contents_of(folder)
+    refuse_unsafe(folder, contents_of(folder).files)
     if is_adapter(folder):
         _check_adapter(folder)
     else:
@@ -69,8 +70,9 @@ def _check_model(folder: Path) -> None:
             "gravity_hf.load_gravity_model and save it again"
         )
     _settings(folder, CONFIG_FILE, values)
-    if values.get("attn_implementation") != EXPORT_NAME:
-        raise ValueError(_unguarded(folder, CONFIG_FILE, "attn_implementation", EXPORT_NAME))
+    for key in ("attn_implementation", WEIGHTS_KEY):
+        if values.get(key) != EXPORT_NAME:
+            raise ValueError(_unguarded(folder, CONFIG_FILE, key, EXPORT_NAME))
     _check_remote_code(folder, values)
     found = _gravity_tensors(shapes_of_export(folder, "model"))
     _compare(folder, _expected_tensors(AutoConfig.from_pretrained(folder)), found)

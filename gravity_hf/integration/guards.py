@@ -1,9 +1,13 @@
 """Refusals of whatever would run weights made for gravity as dot-product attention.
 
 Which attention a model runs is a name in its configs, which anybody may set. Three places hold it
-to gravity: what an export's `config.json` names, what a gravity class is built from, and what an
+to gravity: what an export's `config.json` says, what a gravity class is built from, and what an
 attention module finds in its config each time it is called. The other way round, `"gravity"` in the
 config of a host's own class does not give it masses.
+
+`config.json` says it twice. The attention that it names can be overridden by an argument; the file
+of weights that it names cannot, and no such file can be. Only a host's own class that is given a
+config from elsewhere than the export is out of reach.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from .autos import MODEL_TYPE_PREFIX
 from .carrier import CARRIER_NAME, is_served
 from .implementations import ATTENTION_NAME
 
-# In `config.json`, where transformers lets any class read it: nobody registers attention under
-# this name, so the host's own class refuses to be built, and its error quotes it.
+# In `config.json`, where transformers lets any class read it: no attention and no file of weights
+# has this name, so the host's own class refuses, and its error quotes it.
 EXPORT_NAME = "gravity-only: load by an Auto class with gravity_hf or trust_remote_code=True"
+# Where `config.json` names the file that transformers reads weights from, if it names one.
+WEIGHTS_KEY = "transformers_weights"
 # In `adapter_config.json`, for peft, which refuses types that it does not know.
 GRAVITY_LORA = "GRAVITY_LORA"
 _OURS = (None, ATTENTION_NAME, EXPORT_NAME)
@@ -33,6 +39,19 @@ def name_in_export(values: dict[str, Any], config: PreTrainedConfig) -> None:
     a tower's own class can read its part of a checkpoint, too."""
     for _, part_values in _with_parts(config, values):
         part_values["attn_implementation"] = EXPORT_NAME
+
+
+def name_weights_in_export(values: dict[str, Any], config: PreTrainedConfig) -> None:
+    """Write `EXPORT_NAME` into `values`, what becomes of a gravity config in `config.json`, as the
+    file of weights to read: the host's own class is refused whichever attention it asks for."""
+    for _, part_values in _with_parts(config, values):
+        part_values[WEIGHTS_KEY] = EXPORT_NAME
+
+
+def without_weights_name(values: dict[str, Any]) -> dict[str, Any]:
+    """What `name_weights_in_export` was given, from what it wrote; the same where it wrote none."""
+    kept = {k: v for k, v in values.items() if (k, v) != (WEIGHTS_KEY, EXPORT_NAME)}
+    return {k: without_weights_name(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def refuse_other_attention(model: str, requested: Any) -> None:

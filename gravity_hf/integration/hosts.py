@@ -35,7 +35,14 @@ from ..layers.parameters import GravityParameters
 from .attention import register
 from .autos import MODEL_TYPE_PREFIX
 from .carrier import is_served
-from .guards import name_in_export, refuse_other_attention, refuse_other_names, watch
+from .guards import (
+    name_in_export,
+    name_weights_in_export,
+    refuse_other_attention,
+    refuse_other_names,
+    watch,
+    without_weights_name,
+)
 from .implementations import name_gravity
 from .publishing import modification_times, publish, publish_saved
 from .remote_code import REMOTE_CODE_MODULE, copy_remote_code
@@ -89,7 +96,7 @@ def _building() -> Iterator[bool]:
 
 class GravityHostConfig:
     """First base of every gravity config: adds `auto_map`, which makes exports load anywhere, and
-    the name of an attention that makes the host's own class refuse them."""
+    what makes the host's own class refuse them."""
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()  # type: ignore[misc]
@@ -98,6 +105,22 @@ class GravityHostConfig:
             output["auto_map"] = _auto_map(type(self))
             name_in_export(output, self)
         return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # What `config.json` is written from, and nothing else is: a config in memory has no such
+        # name, and `from_dict` takes it out again.
+        output = super().to_diff_dict()  # type: ignore[misc]
+        if is_native(host_of(type(self))):
+            name_weights_in_export(output, self)
+        return output
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict(without_weights_name(config_dict), **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        return cls.from_pretrained(json_file)  # type: ignore[attr-defined]
 
 
 class GravityHost(_Base):

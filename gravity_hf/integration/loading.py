@@ -115,14 +115,13 @@ def load_host_or_gravity(where: str, **kwargs: Any) -> PreTrainedModel:
 
 def model_class_of(config: PreTrainedConfig) -> Any:
     """The class that wrote a checkpoint; an Auto class where `config.json` does not say."""
+    ours = isinstance(config, hosts.GravityHostConfig)
     for name in config.architectures or ():
-        cls = getattr(transformers, name, None)
-        host = getattr(transformers, name.removeprefix(hosts.CLASS_PREFIX), None)
-        if cls is None and name.startswith(hosts.CLASS_PREFIX) and host is not None:
-            # Some model types share a class, and differ in their config.
-            cls = hosts.gravity_model_class(host, type(config))
+        # A host with a part that was patched on its own names its own class.
+        cls = getattr(transformers, name.removeprefix(hosts.CLASS_PREFIX) if ours else name, None)
         if cls is not None:
-            return cls
+            # Some model types share a class, and differ in their config.
+            return hosts.gravity_model_class(cls, type(config)) if ours else cls
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
     return AutoModel

@@ -14,6 +14,8 @@ import torch
 import transformers
 from hosts import tiny_host, tiny_inputs
 from hub import without_library
+from hub.older import save_older
+from hub.without_library import NAMES
 
 from gravity_hf import GravityConfig, calibrate, gravity_lora, patch_with_gravity
 
@@ -21,21 +23,27 @@ Attempts = dict[str, tuple[str, str]]
 
 # Attempt -> words of the refusal, as a reader of an error sees them.
 UNTRUSTED, NAMED = "trust_remote_code=True", 'attn_implementation="gravity-only'
+# Where config.json names a file of weights, which no argument overrides.
+NO_FILE = "nor a safetensors index file (*.safetensors.index.json): gravity-only: load by an Auto"
 OURS = "expected no attn_implementation, got"
 REFUSED = {
     "auto config": UNTRUSTED,
     "auto class": UNTRUSTED,
     "auto class, no code": "model type `gravity_qwen2`",
-    "host's class": NAMED,
-    "host's base class": NAMED,
     "host's config": NAMED,
-    "tower's class": NAMED,
-    "host's type in config.json": NAMED,
-    "host's class, saved again": NAMED,
-    "remote code under sdpa": f"{OURS} 'sdpa'",
-    "remote code under eager": f"{OURS} 'eager'",
-    "remote code under flash_attention_2": f"{OURS} 'flash_attention_2'",
-    "remote code under runtime": f"{OURS} 'runtime'",
+    **{
+        f"{what}{how}": NO_FILE
+        for what in (
+            "host's class",
+            "host's base class",
+            "tower's class",
+            "host's type in config.json",
+            "host's class, saved again",
+        )
+        for how in ("", *(f"{x} {name}" for x in (" under", ", config under") for name in NAMES))
+    },
+    **{f"Auto class, host's config under {name}": NO_FILE for name in NAMES},
+    **{f"remote code under {name}": f"{OURS} '{name}'" for name in NAMES},
     "name in the config": f"{OURS} 'runtime'",
     "name in the text part's config": f"{OURS} 'runtime'",
     "set_attn_implementation": f"{OURS} 'sdpa'",
@@ -57,6 +65,19 @@ REFUSED = {
         ),
         "GRAVITY_LORA",
     ),
+}
+
+GRAVITY_RUNS = {
+    "remote code",
+    "remote code, towers",
+    "remote code, older export",
+    "compiled",
+}
+# What no file beside the weights can refuse: a config from elsewhere, and one without any weights.
+DOT_PRODUCTS_RUN = {"host's class, a config of its own", "host's config under sdpa, no weights"}
+COUNTS = {
+    "modules of the host that were touched",
+    "gravity types that transformers knows",
 }
 
 
@@ -85,7 +106,7 @@ def save_edited(model: Path, folder: Path, **changes: object) -> None:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("refusals")
-    names = ("model", "towers", "bare", "retyped", "again", "adapter", "base")
+    names = ("model", "towers", "bare", "retyped", "again", "adapter", "base", "older")
     found = {name: root / name for name in names}
     torch.manual_seed(0)
     tiny_host("qwen2").save_pretrained(found["base"])
@@ -98,6 +119,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     save_edited(found["model"], found["bare"])
     host_s = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     save_edited(found["model"], found["retyped"], **host_s)
+    save_older(found["model"], found["older"])
     return found
 
 
@@ -126,14 +148,15 @@ def test_what_would_run_dot_products_is_refused(attempt, attempts):
     assert REFUSED[attempt] in words
 
 
-@pytest.mark.parametrize("attempt", ["remote code", "remote code, towers", "compiled"])
+@pytest.mark.parametrize("attempt", sorted(GRAVITY_RUNS))
 def test_the_code_beside_the_weights_runs(attempt, attempts):
     assert attempts[attempt][0] == without_library.RAN, attempts[attempt]
 
 
 def test_every_attempt_has_its_promise(attempts):
-    told = {name for name, (kind, _) in attempts.items() if kind != without_library.RAN}
-    assert told == set(REFUSED)
+    ran = {name for name, (kind, _) in attempts.items() if kind == without_library.RAN}
+    assert ran == GRAVITY_RUNS | DOT_PRODUCTS_RUN | COUNTS
+    assert set(attempts) == ran | set(REFUSED)
 
 
 def test_a_refused_adapter_leaves_the_host_as_it_was(attempts):

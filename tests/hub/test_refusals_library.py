@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import peft
 import pytest
 import torch
 import transformers
 from hosts import logits, tiny_host, tiny_inputs
+from hub.older import save_older
+from hub.without_library import NAMES
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from gravity_hf import (
@@ -17,9 +20,12 @@ from gravity_hf import (
     gravity_lora,
     gravity_serving,
     load_gravity_adapter,
+    load_gravity_model,
     patch_with_gravity,
     unpatch_gravity,
 )
+from gravity_hf.hub.checks import check_export
+from gravity_hf.integration.guards import EXPORT_NAME, WEIGHTS_KEY
 
 INPUTS = tiny_inputs("qwen2")
 
@@ -37,6 +43,11 @@ def export(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     patched().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def older(export, tmp_path_factory):
+    return save_older(export, tmp_path_factory.mktemp("older") / "export")
 
 
 @pytest.fixture
@@ -113,14 +124,53 @@ def test_a_runtime_s_name_in_the_config_of_a_part_is_refused(tmp_path, runtime):
         transformers.CLIPTextModel.from_pretrained(tmp_path)
 
 
-def test_the_host_s_own_class_refuses_an_export(export):
+@pytest.mark.parametrize("chosen", [{}, *({"attn_implementation": x} for x in NAMES)])
+def test_the_host_s_own_class_refuses_an_export(export, chosen):
+    host = transformers.Qwen2ForCausalLM
     with pytest.raises(ValueError, match="gravity-only: load by an Auto class"):
-        transformers.Qwen2ForCausalLM.from_pretrained(export)
+        host.from_pretrained(export, **chosen)
+    config = transformers.Qwen2Config.from_pretrained(export, **chosen)
+    with pytest.raises(ValueError, match="gravity-only: load by an Auto class"):
+        host.from_pretrained(export, config=config)
 
 
-def test_the_host_s_own_class_told_to_run_gravity_is_refused_at_its_first_call(export):
+def test_the_host_s_own_class_refuses_a_quantised_export(export, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    int8 = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
+    model = AutoModelForCausalLM.from_pretrained(export, quantization_config=int8)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gravity-only: load by an Auto class"):
+        transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, INPUTS), logits(model, INPUTS))
+
+
+def test_no_config_in_memory_names_a_file_of_weights(export):
+    """A config that did would be refused by gravity's own classes as by a host's."""
+    file = export / "config.json"
+    read = AutoConfig.from_pretrained(export)
+    for config in (patched().config, read, type(read).from_json_file(file), copy.deepcopy(read)):
+        assert not hasattr(config, WEIGHTS_KEY)
+        assert WEIGHTS_KEY not in config.to_dict()
+    assert json.loads(file.read_text())[WEIGHTS_KEY] == EXPORT_NAME
+
+
+def test_an_unpatched_host_is_saved_without_refusals(export, tmp_path):
+    unpatch_gravity(AutoModelForCausalLM.from_pretrained(export)).save_pretrained(tmp_path)
+    transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+
+
+def test_an_export_of_before_the_weights_had_a_name_loads_and_is_not_pushed(export, older):
+    expected = logits(AutoModelForCausalLM.from_pretrained(export), INPUTS)
+    assert torch.equal(logits(load_gravity_model(older), INPUTS), expected)
+    check_export(export)
+    with pytest.raises(ValueError, match=f"expected {WEIGHTS_KEY} .*saved by an older gravity_hf"):
+        check_export(older)
+
+
+def test_the_host_s_own_class_told_to_run_gravity_is_refused_at_its_first_call(older):
     """Masses have no place in it, so every module would be one that was left to dot products."""
-    model = transformers.Qwen2ForCausalLM.from_pretrained(export, attn_implementation="gravity")
+    model = transformers.Qwen2ForCausalLM.from_pretrained(older, attn_implementation="gravity")
     with pytest.raises(ValueError, match="expected masses.*Load the checkpoint with an Auto class"):
         model(**INPUTS)
 

@@ -15,6 +15,8 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 RAN = "ran"
+# Attention that a caller may ask for.
+NAMES = ("sdpa", "eager", "flash_attention_2", "runtime")
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
@@ -55,13 +57,45 @@ def try_models(attempts: Attempts, folders: dict[str, Path]) -> None:
         "host's type in config.json",
         lambda: AutoModelForCausalLM.from_pretrained(folders["retyped"]),
     )
-    for name in ("sdpa", "eager", "flash_attention_2", "runtime"):
+    attempts.add(
+        "host's class, a config of its own",
+        lambda: host.from_pretrained(
+            model, config=transformers.Qwen2Config.from_pretrained(folders["base"])
+        ),
+    )
+    attempts.add(
+        "host's config under sdpa, no weights",
+        lambda: host(transformers.Qwen2Config.from_pretrained(model, attn_implementation="sdpa")),
+    )
+    for name in NAMES:
+        chosen = {"attn_implementation": name}
+        try_named(attempts, "host's class", host, model, name)
+        try_named(attempts, "host's base class", transformers.Qwen2Model, model, name)
+        try_named(attempts, "tower's class", transformers.CLIPVisionModel, tower, name)
+        try_named(attempts, "host's type in config.json", AutoModel, folders["retyped"], name)
         attempts.add(
-            f"remote code under {name}",
-            lambda name=name: AutoModelForCausalLM.from_pretrained(
-                model, trust_remote_code=True, attn_implementation=name
+            f"Auto class, host's config under {name}",
+            lambda chosen=chosen: AutoModelForCausalLM.from_pretrained(
+                model, config=transformers.Qwen2Config.from_pretrained(model, **chosen)
             ),
         )
+        attempts.add(
+            f"remote code under {name}",
+            lambda chosen=chosen: AutoModelForCausalLM.from_pretrained(
+                model, trust_remote_code=True, **chosen
+            ),
+        )
+
+
+def try_named(attempts: Attempts, what: str, cls: Any, folder: Path, name: str) -> None:
+    """`cls` told to run the attention `name`: by argument, and by the config that it is given."""
+    chosen = {"attn_implementation": name}
+    attempts.add(f"{what} under {name}", lambda: cls.from_pretrained(folder, **chosen))
+    read = getattr(cls, "config_class", None) or AutoConfig
+    attempts.add(
+        f"{what}, config under {name}",
+        lambda: cls.from_pretrained(folder, config=read.from_pretrained(folder, **chosen)),
+    )
 
 
 def try_remote_code(attempts: Attempts, folders: dict[str, Path]) -> None:
@@ -77,11 +111,23 @@ def try_remote_code(attempts: Attempts, folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders["model"], trust_remote_code=True).eval()
     attempts.add("remote code", lambda: model(IDS))
     attempts.add("remote code, towers", lambda: _towers(folders["towers"]))
+    attempts.add(
+        "remote code, older export",
+        lambda: AutoModelForCausalLM.from_pretrained(folders["older"], trust_remote_code=True)(IDS),
+    )
     model.save_pretrained(folders["again"])
     attempts.add(
         "host's class, saved again",
         lambda: transformers.Qwen2ForCausalLM.from_pretrained(folders["again"]),
     )
+    for name in NAMES:
+        try_named(
+            attempts,
+            "host's class, saved again",
+            transformers.Qwen2ForCausalLM,
+            folders["again"],
+            name,
+        )
     attempts.add("set_attn_implementation", lambda: model.set_attn_implementation("sdpa"))
     compiled = torch.compile(model, backend="eager")
     attempts.add("compiled", lambda: compiled(IDS))

@@ -66,6 +66,16 @@ def test_partly_converted_models_come_back(tmp_path):
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
 
 
+def test_a_host_saved_whole_with_one_part_patched_comes_back_as_gravity(tmp_path):
+    inputs = tiny_inputs("qwen2")
+    host = tiny_host("qwen2")
+    patch_with_gravity(host.model)
+    host.save_pretrained(tmp_path)
+    for model in (load_gravity_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert type(model).__name__ == "GravityQwen2ForCausalLM"
+        assert torch.equal(logits(model, inputs), logits(host, inputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gravity_tensors_stay_float32_in_half_precision_loads(dtype, tmp_path):
     model = saved_model("qwen2", tmp_path)

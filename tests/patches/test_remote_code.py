@@ -160,6 +160,7 @@ def test_the_remote_file_knows_exactly_the_library_s_settings():
     assert modeling_gravity.NO_HEADS == NO_HEADS
     assert modeling_gravity.CAUSAL_IN_NAME_ONLY == CAUSAL_IN_NAME_ONLY
     assert modeling_gravity.EXPORT_NAME == guards.EXPORT_NAME
+    assert modeling_gravity.WEIGHTS_KEY == guards.WEIGHTS_KEY
     assert modeling_gravity.VERSION == CONFIG_VERSION
     assert modeling_gravity.EPSILON_FLOOR == EPSILON_FLOOR
     assert modeling_gravity.REFUSED_ARGUMENTS.keys() == REFUSED_ARGUMENTS.keys()
