@@ -70,7 +70,7 @@ def commit_files(
     upload_from = None if new_branch else revision
     additions = _upload(commit, upload_from)
     if new_branch and revision is not None:
-        repository.create_branch(revision, parent)
+        return _send_to_new(commit, revision, additions)
     return _send(commit, additions)
 
 
@@ -122,12 +122,24 @@ def _bars_on_terminals() -> Iterator[None]:
         enable_progress_bars()
 
 
+def _send_to_new(commit: Commit, branch: str, additions: list[CommitOperationAdd]) -> CommitInfo:
+    """A branch that this push has made for nothing goes again."""
+    try:
+        commit.repository.create_branch(branch, commit.parent)
+        return _send(commit, additions)
+    except BaseException:
+        commit.repository.drop_branch(branch, commit.parent)
+        raise
+
+
 def _send(commit: Commit, additions: list[CommitOperationAdd]) -> CommitInfo:
     repository = commit.repository
     what = f"committing to {repository.repo_id}"
     before = set(repository.pull_requests()) if commit.create_pr else set()
     unsure = False
-    for attempt in range(1, TRIES + 1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return _request(commit, additions)
         except Exception as error:
@@ -139,7 +151,6 @@ def _send(commit: Commit, additions: list[CommitOperationAdd]) -> CommitInfo:
             if attempt == TRIES or not is_passing(error):
                 give_up(what, error)
             pause(what, error, attempt)
-    raise RuntimeError(f"{what}: expected at least one try, got TRIES = {TRIES}")
 
 
 def _request(commit: Commit, additions: list[CommitOperationAdd]) -> CommitInfo:

@@ -1,4 +1,4 @@
-"""Which files of an exported folder go to the Hub, and which folder must not go there at all."""
+"""Which files of an exported folder go to the Hub, and which stay at home."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-# Formats that run code when they are opened, or that transformers opens with pickle.
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".msgpack", ".h5")
 # Where `gravity-hf convert` keeps its steps.
 WORK_FOLDER = "work"
 _CACHES = ("__pycache__",)
-
-# One token is a secret, several are a vocabulary: `added_tokens.json` is not meant.
-_SECRET_NAME = re.compile(
-    r"(^|[._-])(token|secrets?|passwords?|credentials?|api_?key|id_rsa|id_ed25519)([._-]|$)"
-    r"|\.(pem|key|p12)$",
-    re.IGNORECASE,
+# What a Trainer leaves beside the weights: pickles, and the paths of the machine.
+TRAINER_FILES = re.compile(
+    r"training_args\.bin|trainer_state\.json|(optimizer|scheduler|scaler)\.(pt|bin)"
+    r"|rng_state(_\d+)?\.pth"
 )
-_SECRET_TEXT = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
-_TEXTS = (".json", ".md", ".txt", ".yaml", ".yml", ".py", ".jinja", ".csv")
-_LONGEST_TEXT = 2**20
+_TRAINER_FOLDERS = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True)
@@ -34,27 +28,24 @@ class Contents:
 
 
 def contents_of(folder: Path) -> Contents:
-    """What of `folder` goes to the Hub: everything but hidden files, caches and `work/`.
+    """What of `folder` goes to the Hub: everything but hidden files, caches, `work/`, and a
+    Trainer's own files and checkpoints.
 
     Raises:
-        ValueError: it holds a pickle, a link that leads out of it, or what looks like a secret.
+        ValueError: there is no such folder, or it holds a link that leads out of it.
     """
     if not folder.is_dir():
         raise ValueError(f"expected a folder that holds an exported model, got {str(folder)!r}")
-    files: list[PurePosixPath] = []
     left_out: list[str] = []
-    for path in _walk(folder, folder.resolve(), left_out):
-        relative = PurePosixPath(path.relative_to(folder).as_posix())
-        _refuse_unsafe(folder, path, relative)
-        files.append(relative)
-    return Contents(tuple(sorted(files)), tuple(sorted(left_out)))
+    paths = _walk(folder, folder.resolve(), left_out)
+    files = sorted(PurePosixPath(path.relative_to(folder).as_posix()) for path in paths)
+    return Contents(tuple(files), tuple(sorted(left_out)))
 
 
 def _walk(folder: Path, root: Path, left_out: list[str], inside: str = "") -> Iterator[Path]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = inside + entry.name
-        hidden = entry.name.startswith(".") or entry.name in _CACHES
-        if hidden or (name == WORK_FOLDER and entry.is_dir()):
+        if _stays(name, entry):
             left_out.append(name + "/" if entry.is_dir(follow_symlinks=False) else name)
             continue
         path = Path(entry.path)
@@ -69,22 +60,10 @@ def _walk(folder: Path, root: Path, left_out: list[str], inside: str = "") -> It
             yield path
 
 
-def _refuse_unsafe(folder: Path, path: Path, relative: PurePosixPath) -> None:
-    if relative.suffix.lower() in PICKLES:
-        raise ValueError(
-            f"{folder}: expected safetensors only, got {relative}: a file of this kind can run "
-            "code on the machine of whoever loads it. Move it out of the folder; weights are "
-            "written by model.save_pretrained"
-        )
-    if _SECRET_NAME.search(relative.name):
-        raise ValueError(
-            f"{folder}: expected nothing secret, got {relative}, which by its name holds a "
-            "password or a token. Move it out of the folder, or rename it"
-        )
-    is_text = relative.suffix.lower() in _TEXTS and path.stat().st_size <= _LONGEST_TEXT
-    if is_text and (found := _SECRET_TEXT.search(path.read_bytes())):
-        raise ValueError(
-            f"{folder}: expected nothing secret, got {relative} with a Hub token in it "
-            f"({found[0][:6].decode()}...). Remove it there, and revoke the token at "
-            "https://huggingface.co/settings/tokens if others could read the file"
-        )
+def _stays(name: str, entry: os.DirEntry[str]) -> bool:
+    if entry.name.startswith(".") or entry.name in _CACHES:
+        return True
+    # The rest is looked for at the top, where it is written.
+    if entry.is_dir():
+        return name == WORK_FOLDER or _TRAINER_FOLDERS.fullmatch(name) is not None
+    return TRAINER_FILES.fullmatch(name) is not None

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from huggingface_hub import constants
 
+from .input_files import is_processor_file, is_tokenizer_file
+from .stale import STALE
+
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _WHATS = {
     "config.json": "config with the gravity block",
@@ -77,8 +80,8 @@ class UploadPlan:
     def _deletions(self) -> str:
         if self.deletions is None:
             return (
-                "unknown, the Hub was not asked; weights at the top of the repository that this "
-                "push does not replace are deleted in the same commit"
+                "unknown, the Hub was not asked; what this push does not replace of these goes in "
+                f"the same commit: {STALE}"
             )
         return ", ".join(self.deletions) or "nothing"
 
@@ -94,9 +97,9 @@ def what_is(path: str) -> str:
         return "which weights are in which file"
     if path.startswith("figures/"):
         return "titles of the figures" if path.endswith(".json") else "figure"
-    if "token" in name or name in ("vocab.json", "vocab.txt", "merges.txt"):
+    if is_tokenizer_file(path):
         return "tokenizer"
-    if "processor" in name or "template" in name:
+    if is_processor_file(path):
         return "processor"
     return "other"
 

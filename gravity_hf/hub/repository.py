@@ -47,7 +47,7 @@ class Repository:
                 return None
             raise ValueError(
                 f"{what}: expected a branch or a pull request of it, {revision!r} is neither. "
-                f"Look at https://huggingface.co/{self.repo_id}/discussions for the number"
+                f"Look at {self.api.endpoint}/{self.repo_id}/discussions for the number"
             ) from error
 
     def tree(self, revision: str) -> Tree:
@@ -81,6 +81,22 @@ class Repository:
                 self.repo_id, branch=branch, revision=start, token=self.token, exist_ok=True
             ),
         )
+
+    def drop_branch(self, branch: str, start: str) -> None:
+        """Delete a branch that still is where it began; a warning where that is not possible.
+
+        Tried once: it is called when something has failed already.
+        """
+        try:
+            if self.api.repo_info(self.repo_id, revision=branch, token=self.token).sha == start:
+                self.api.delete_branch(self.repo_id, branch=branch, token=self.token)
+        except RevisionNotFoundError:
+            return
+        except Exception as error:
+            logger.warning(
+                f"{self.repo_id}: the new branch {branch} may be there, with what was on main; it "
+                f"could not be looked at or deleted ({type(error).__name__})"
+            )
 
     def holds(self, commit: str, files: Mapping[str, Path], gone: tuple[str, ...]) -> bool:
         """Whether the tree at `commit` has `files` with their content, and nothing of `gone`."""
@@ -122,7 +138,7 @@ def _check_visibility(api: HfApi, repo_id: str, private: bool, token: str | bool
     if private and not info.private:
         raise ValueError(
             f"{repo_id}: expected a private repository, it is there and public. Make it private in "
-            f"its settings (https://huggingface.co/{repo_id}/settings), or push without private"
+            f"its settings ({api.endpoint}/{repo_id}/settings), or push without private"
         )
     if info.private and not private:
         logger.warning(f"{repo_id} is private and stays so: change that in its settings")

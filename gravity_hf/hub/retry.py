@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import parse_ratelimit_headers
 
 # Not transformers' logger, which the command line silences: what is said here is for the user.
 logger = logging.getLogger(__name__)
@@ -33,21 +37,22 @@ def with_retries(what: str, call: Callable[[], Result]) -> Result:
         PermissionError: 401, 403. ConnectionError: still failing after `TRIES` tries, or offline.
         HfHubHTTPError: any other answer.
     """
-    for attempt in range(1, TRIES + 1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return call()
         except Exception as error:
             if attempt == TRIES or not is_passing(error):
                 give_up(what, error)
             pause(what, error, attempt)
-    raise RuntimeError(f"{what}: expected at least one try, got TRIES = {TRIES}")
 
 
 def is_passing(error: BaseException) -> bool:
     """Whether asking again may help: a rate limit, a fault of the server, a cut connection."""
     status = status_of(error)
     if status == _TOO_MANY:
-        return wait_asked_for(error) <= LONGEST_RETRY_AFTER
+        return (wait_asked_for(error) or 0.0) <= LONGEST_RETRY_AFTER
     return is_unsure(error)
 
 
@@ -76,7 +81,7 @@ def pause(what: str, error: BaseException, attempt: int) -> None:
     """Wait before try number `attempt + 1`, and say so."""
     seconds = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1))
     if status_of(error) == _TOO_MANY:
-        seconds = max(seconds, wait_asked_for(error))
+        seconds = max(seconds, wait_asked_for(error) or 0.0)
     logger.warning(
         f"{what}: {_in_short(error)}; trying again in {seconds:g} s ({attempt} of {TRIES - 1})"
     )
@@ -89,11 +94,24 @@ def status_of(error: BaseException) -> int | None:
     return None if found is None else found.response.status_code
 
 
-def wait_asked_for(error: BaseException) -> float:
-    """Seconds that the Hub asks to wait; 0 where it does not say."""
+def wait_asked_for(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait: Retry-After, a number or a date, or else the end of the
+    window that RateLimit gives; None where it does not say."""
     found = _answer(error)
-    value = None if found is None else found.response.headers.get("Retry-After")
-    return float(value) if value is not None and value.strip().isdigit() else 0.0
+    if found is None:
+        return None
+    headers = found.response.headers
+    value = (headers.get("Retry-After") or "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        moment = parsedate_to_datetime(value)
+    except ValueError:
+        limit = parse_ratelimit_headers(headers)
+        return None if limit is None else float(limit.reset_in_seconds)
+    # A date without a zone is in UTC.
+    moment = moment.replace(tzinfo=moment.tzinfo or UTC)
+    return float(max(0, math.ceil((moment - datetime.now(UTC)).total_seconds())))
 
 
 def explained(what: str, error: Exception) -> Exception:
@@ -109,9 +127,11 @@ def explained(what: str, error: Exception) -> Exception:
             "`hf auth login`, or set HF_TOKEN, with a token that may write to this repository"
         )
     if status == _TOO_MANY:
+        wait = wait_asked_for(error)
+        when = "to slow down" if wait is None else f"to wait {wait:g} s"
         return ConnectionError(
-            f"{what}: the Hub asks to wait {wait_asked_for(error):g} s (429). Nothing was changed; "
-            "push again then: files that are there are not sent again"
+            f"{what}: the Hub asks {when} (429). Nothing was changed; push again later: files that "
+            "are there are not sent again"
         )
     if is_cut(error) or (status is not None and status >= 500):
         return ConnectionError(

@@ -6,48 +6,38 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from torch import nn
 
-from ..integration.hosts import settings_of
 from ..training.files import write_json, write_text
 from .card_host import read_host_card
-from .cards import card_of_folder
-from .checks import ADAPTER_CONFIG_FILE, check_export, is_adapter
+from .card_public import is_hub_name, public
+from .checks import ADAPTER_CONFIG_FILE, is_adapter
 from .contents import contents_of
-from .host_files import host_name, save_host_files
+from .extras import Extras, check_extras, given_results, missing_block
+from .file_names import CARD_FILE, FIGURES_FOLDER, RESULTS_FILE
+from .host_files import Access, host_name, save_host_files
+from .input_files import has_inputs, is_processor_file, is_tokenizer_file
+from .saved_model import exported
+from .secret_files import refuse_unsafe
 from .skeleton import masses_alone
+from .staged_card import CardSource, staged_card
 from .tensor_files import read_json
 
-CARD_FILE = "README.md"
-RESULTS_FILE = "results.json"
-FIGURES_FOLDER = "figures"
-
-# What says that a folder has its tokenizer or processor already.
-_INPUT_FILES = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What goes up beside the export; the arguments of `push_gravity_model` of the same names."""
-
-    tokenizer: Any = "host"
-    processor: Any = None
-    results: Any = None
-    figures: Any = True
-    tags: tuple[str, ...] = ()
+DEFAULT_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
 class Staged:
-    """`files`: path in the repository -> file on disk, by path. `notices`: for people."""
+    """`name`: of the repository. `files`: path in it -> file on disk, by path. `notices`: for
+    people."""
 
+    name: str
     files: dict[str, Path]
     notices: tuple[str, ...]
 
@@ -55,86 +45,91 @@ class Staged:
 @contextmanager
 def staged(
     model: nn.Module | str | os.PathLike[str],
-    name: str,
+    name: str | Callable[[], str],
     extras: Extras,
     *,
-    max_shard_size: int | str,
+    max_shard_size: int | str | None = None,
     online: bool,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
 ) -> Iterator[Staged]:
     """Lay out the export of `model` and what goes with it; the files live as long as the context.
 
     Args:
         model: a patched model, a PeftModel over one, or the folder of an export.
-        name: of the repository; the card's title.
-        online: whether the host's tokenizer may be fetched from the Hub.
+        name: of the repository; the card's title. A function is asked for it once the export has
+            been found to be sound.
+        online: whether the host's tokenizer may be fetched from the Hub, with `token`.
         folder: where `model` has been saved already.
 
     Raises:
         TypeError: `model` is nothing of the kind.
-        ValueError: the export is not whole or not safe.
+        RuntimeError: `model` is compiled or wrapped.
+        ValueError: the export is not whole or not safe, or an argument does not fit.
     """
+    check_extras(extras)
     with tempfile.TemporaryDirectory(prefix="gravity-push-") as scratch:
-        if isinstance(model, (str, os.PathLike)):
-            export, loaded = Path(model).expanduser(), None
-        else:
-            export, loaded = folder or Path(scratch, "export"), model
-            if folder is None:
-                save_model(model, export, max_shard_size, online=online)
-        check_export(export)
+        size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
+        export = exported(model, Path(scratch, "export"), folder, size, online=online)
+        title = name if isinstance(name, str) else name()
         beside = Path(scratch, "beside")
         beside.mkdir()
-        yield _lay_out(export, beside, loaded, name, extras, online)
+        loaded = None if isinstance(model, (str, os.PathLike)) else model
+        place = _Place(export, beside, loaded)
+        yield _lay_out(place, title, extras, Access(online, token, endpoint))
 
 
-def save_model(model: nn.Module, folder: Path, max_shard_size: int | str, *, online: bool) -> None:
-    """Save a patched model, or the adapter of a PeftModel over one, to a new folder.
+@dataclass(frozen=True)
+class _Place:
+    """`export`: the folder, which stays as it is. `beside`: what is added. `model`: the export in
+    memory, where it is."""
 
-    Raises:
-        TypeError: any other model.
-    """
-    adapter: Any = model if hasattr(model, "get_base_model") else None
-    base: Any = model if adapter is None else adapter.get_base_model()
-    if settings_of(base) is None:
-        raise TypeError(
-            "push_gravity_model: expected a patched model, a gravity_lora model or the folder of "
-            f"an export, got {type(base).__name__} with its own attention. Call "
-            "patch_with_gravity(model) first, or push it with model.push_to_hub"
-        )
-    if adapter is None:
-        base.save_pretrained(folder, max_shard_size=max_shard_size)
-        return
-    # peft would ask the Hub for the base's config, to see whether the vocabulary has grown.
-    auto = online or Path(base.name_or_path or "").is_dir()
-    adapter.save_pretrained(folder, save_embedding_layers="auto" if auto else False)
-    # peft writes a card of its own kind; ours is made from what was measured.
-    (folder / CARD_FILE).unlink(missing_ok=True)
+    export: Path
+    beside: Path
+    model: Any
 
 
-def _lay_out(
-    export: Path, beside: Path, model: Any, name: str, extras: Extras, online: bool
-) -> Staged:
-    contents = contents_of(export)
-    files = {str(path): export / path for path in contents.files}
+def _lay_out(place: _Place, name: str, extras: Extras, access: Access) -> Staged:
+    contents = contents_of(place.export)
+    own = {str(path): place.export / path for path in contents.files}
     notices = [f"left out: {', '.join(contents.left_out)}"] if contents.left_out else []
-    notices += _local_base(export)
-    _add_results(export, beside, extras.results)
-    notices += _add_inputs(export, beside, model, extras, online)
-    notices += _add_figures(export, beside, model, extras.figures)
-    if extras.figures is False:
-        files = {path: f for path, f in files.items() if not path.startswith(f"{FIGURES_FOLDER}/")}
-    files |= _files_under(beside)
-    host = host_name(export, model)
-    if host and not online and not read_host_card(host, online=False)["found"]:
+    notices += _local_base(place.export)
+    results, more = _results(own, extras)
+    if more:
+        del own[RESULTS_FILE]
+    if results is not None and (extras.results or read_json(own[RESULTS_FILE]) != results):
+        write_json(place.beside / RESULTS_FILE, results)
+    notices += more + _add_inputs(place, own, extras, access)
+    notices += _add_figures(place, own, extras.figures, results)
+    files = {path: file for path, file in own.items() if not _is_replaced(path, extras)}
+    files |= _files_under(place.beside)
+    host = host_name(place.export, place.model, access)
+    unseen = host and not access.online and not read_host_card(host, online=False)["found"]
+    if host and unseen and is_hub_name(host):
         notices.append(f"a push also looks up the card of {host}, and takes its licence over")
-    card = _card(export, files, name, host, extras.tags, online)
+    # A repository is not its own host.
+    source = CardSource(None if host == name else host, extras.tags, access.online)
+    card, more = staged_card(place.export, own, files, name, source)
     if card is not None:
-        files[CARD_FILE] = write_text(beside / CARD_FILE, card)
-    return Staged(dict(sorted(files.items())), tuple(notices))
+        files[CARD_FILE] = write_text(place.beside / CARD_FILE, card)
+    return Staged(name, dict(sorted(files.items())), (*notices, *more))
+
+
+def _is_replaced(path: str, extras: Extras) -> bool:
+    """Whether a file of the export's folder stays at home because of what was given."""
+    if path.startswith(f"{FIGURES_FOLDER}/"):
+        return extras.figures is False or isinstance(extras.figures, (str, os.PathLike))
+    if is_processor_file(path):
+        return extras.processor is not None
+    kept = isinstance(extras.tokenizer, str) and extras.processor is None
+    return is_tokenizer_file(path) and not kept
 
 
 def _files_under(folder: Path) -> dict[str, Path]:
-    return {str(path): folder / path for path in contents_of(folder).files}
+    files = contents_of(folder).files
+    refuse_unsafe(folder, files)
+    return {str(path): folder / path for path in files}
 
 
 def _local_base(export: Path) -> list[str]:
@@ -151,83 +146,55 @@ def _local_base(export: Path) -> list[str]:
     ]
 
 
-def _add_results(export: Path, beside: Path, results: Any) -> None:
-    if isinstance(results, (str, os.PathLike)):
-        results = read_json(Path(results))
-    if results is not None:
-        write_json(beside / RESULTS_FILE, results)
+def _results(own: dict[str, Path], extras: Extras) -> tuple[dict[str, Any] | None, list[str]]:
+    """What was measured, as others may read it: what was given, else the folder's own."""
+    given = given_results(extras)
+    if given is not None or RESULTS_FILE not in own:
+        return None if given is None else public(given), []
+    results = read_json(own[RESULTS_FILE])
+    missing = missing_block(results)
+    if missing is None:
+        return public(results), []
+    return None, [
+        f"{RESULTS_FILE} is not that of a conversion (it has no block {missing!r}): it stays at "
+        "home, and the card says 'not measured'"
+    ]
 
 
-def _add_inputs(export: Path, beside: Path, model: Any, extras: Extras, online: bool) -> list[str]:
-    notices: list[str] = []
-    given = [part for part in (extras.tokenizer, extras.processor) if part not in (None, "host")]
+def _add_inputs(place: _Place, own: dict[str, Path], extras: Extras, access: Access) -> list[str]:
+    given = extras.given_inputs
     for part in given:
-        part.save_pretrained(beside)
-    has_own = any((export / file).is_file() for file in _INPUT_FILES)
-    if extras.tokenizer == "host" and not has_own and extras.processor is None:
-        notices += save_host_files(export, model, beside, online=online)
-    return notices
-
-
-def _add_figures(export: Path, beside: Path, model: Any, figures: Any) -> list[str]:
-    """Figures that are given, else the export's own, else new ones."""
-    target = beside / FIGURES_FOLDER
-    if isinstance(figures, (str, os.PathLike)):
-        contents_of(Path(figures))
-        shutil.copytree(figures, target)
+        part.save_pretrained(place.beside)
+    wanted = extras.tokenizer is not None and not given
+    if not wanted or has_inputs(own):
         return []
-    if figures is False or (export / FIGURES_FOLDER).is_dir():
+    return save_host_files(place.export, place.model, place.beside, access)
+
+
+def _add_figures(
+    place: _Place, own: dict[str, Path], figures: Any, results: dict[str, Any] | None
+) -> list[str]:
+    """Figures that are given, else the export's own, else new ones."""
+    target = place.beside / FIGURES_FOLDER
+    if isinstance(figures, (str, os.PathLike)):
+        folder = Path(figures).expanduser()
+        refuse_unsafe(folder, contents_of(folder).files)
+        shutil.copytree(folder, target)
+        return []
+    if figures is False or any(path.startswith(f"{FIGURES_FOLDER}/") for path in own):
         return []
     if importlib.util.find_spec("matplotlib") is None:
         return ["no figures: matplotlib is not installed (pip install matplotlib)"]
     # Imported here because matplotlib is optional.
     from ..viz.export import write_figures
 
+    # Of a folder only the masses are drawn: its weights may be larger than this machine.
+    only_masses = place.model is None and not is_adapter(place.export)
+    model = masses_alone(place.export) if only_masses else place.model
     if model is None:
-        # Of a folder only the masses are drawn: its weights may be larger than this machine.
-        model = None if is_adapter(export) else masses_alone(export)
-    if model is None:
-        return [f"no figures in {export}; draw them with: gravity-hf figures {export}"]
-    found = (place / RESULTS_FILE for place in (beside, export))
-    results = next((read_json(file) for file in found if file.is_file()), None)
+        return [
+            f"no figures: those of {place.export} need the whole model. Draw them with: "
+            f"gravity-hf figures {place.export}"
+        ]
     write_figures(model, target, results=results)
     return []
-
-
-def _card(
-    export: Path,
-    files: dict[str, Path],
-    name: str,
-    host: str | None,
-    tags: tuple[str, ...],
-    online: bool,
-) -> str | None:
-    """The card's text; None where the one in the folder goes up as it is."""
-    own = export / CARD_FILE
-    if not own.is_file() or _is_generated(own, export, host, online):
-        card = _generated(files, name, host, online)
-    elif tags:
-        card = ModelCard.load(own)
-    else:
-        return None
-    data: Any = card.data
-    known = data.tags or []
-    if tags:
-        data.tags = [*known, *(tag for tag in tags if tag not in known)]
-    return str(card)
-
-
-def _is_generated(own: Path, export: Path, host: str | None, online: bool) -> bool:
-    """Whether nobody has touched a card since it was written: it may take the new name."""
-    written = str(card_of_folder(export, export.resolve().name, host=host, online=online))
-    return own.read_text(encoding="utf-8").strip() == written.strip()
-
-
-def _generated(files: dict[str, Path], name: str, host: str | None, online: bool) -> ModelCard:
-    """The card of the staged files, which lie in several folders: linked into one."""
-    with tempfile.TemporaryDirectory(prefix="gravity-card-") as scratch:
-        for path, source in files.items():
-            link = Path(scratch, path)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(source.resolve())
-        return card_of_folder(Path(scratch), name, host=host, online=online)

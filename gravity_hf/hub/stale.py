@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Collection, Iterable
 
 from .checks import ADAPTER_CONFIG_FILE, CONFIG_FILE
-from .contents import PICKLES
+from .contents import TRAINER_FILES
+from .input_files import has_tokenizer, is_tokenizer_file
+from .secret_files import PICKLES
 
-_WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".onnx", ".index.json")
-# What Trainer leaves beside the weights; no loader of models reads it.
-_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
+_WEIGHTS = (
+    *(*PICKLES, ".safetensors", ".index.json"),
+    *(".gguf", ".ot", ".onnx", ".onnx.data", ".onnx_data"),
+)
+# Where other runtimes look by themselves, and what they read there.
+_RUNTIMES = ("onnx/", "openvino/", "coreml/")
+_RUNTIME_WEIGHTS = (*_WEIGHTS, ".xml", ".mlmodel")
+_CORE_ML_PACKAGE = ".mlpackage/"
+# Settings of a model that loaders apply without being asked.
+_SETTINGS = ("generation_config.json", "modules.json")
 _FIGURES = "figures/"
+
+# What `stale_files` takes away, for people who have not asked the Hub yet.
+STALE = (
+    "weights at the top of the repository and in onnx/, openvino/ and coreml/, files of an earlier "
+    "tokenizer if this push brings one, generation_config.json, modules.json and earlier figures"
+)
 
 
 def stale_files(there: Iterable[str], pushed: Collection[str]) -> tuple[str, ...]:
     """Of the paths in a repository, those that go in the commit that brings `pushed`.
 
-    Weights at the top that the push does not replace (shards of an earlier save, pickles, files of
-    other formats made from other weights), the config of the other kind of export, and figures of
-    the model that was there before.
+    What the push does not replace of: weights at the top (shards of an earlier save, pickles,
+    files of other formats made from other weights) and in the folders of other runtimes, the
+    config of the other kind of export, files of a tokenizer where the push brings another,
+    settings of an earlier model where it brings a model, and figures where it brings some.
     """
     new = set(pushed)
     figures = any(path.startswith(_FIGURES) for path in new)
@@ -33,11 +48,15 @@ def stale_files(there: Iterable[str], pushed: Collection[str]) -> tuple[str, ...
 
 
 def _misleads(path: str, new: Collection[str]) -> bool:
-    if posixpath.dirname(path):
+    if path.startswith(_RUNTIMES):
+        return path.lower().endswith(_RUNTIME_WEIGHTS) or _CORE_ML_PACKAGE in path
+    if is_tokenizer_file(path):
+        return has_tokenizer(new)
+    if "/" in path:
         # Loaders look at the top unless they are told a subfolder.
         return False
     if path == CONFIG_FILE:
         return ADAPTER_CONFIG_FILE in new
-    if path == ADAPTER_CONFIG_FILE:
+    if path == ADAPTER_CONFIG_FILE or path in _SETTINGS:
         return CONFIG_FILE in new
-    return path.lower().endswith(_WEIGHTS) and path not in _NO_WEIGHTS
+    return path.lower().endswith(_WEIGHTS) and TRAINER_FILES.fullmatch(path) is None

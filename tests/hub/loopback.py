@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(fault.status, {"error": "a fault"}, fault.headers)
 
-    do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815
 
     def _read(self, length: int) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -208,6 +208,12 @@ def _branch(request: _Handler, repo: str, branch: str) -> Answer:
     return _ok({})
 
 
+def _drop_branch(request: _Handler, repo: str, branch: str) -> Answer:
+    request.writer()
+    request.hub.store.repo(repo, request.user).refs.pop(branch)
+    return _ok({})
+
+
 def _preupload(request: _Handler, repo: str, revision: str) -> Answer:
     request.writer()
     tree = request.hub.store.repo(repo, request.user).tree(revision)
@@ -317,6 +323,7 @@ _ROUTES: list[tuple[str, Callable[..., Answer]]] = [
     (rf"GET {_MODEL}/tree/(?P<revision>[^/]+)/(?P<path>.+)", _tree),
     (rf"GET {_MODEL}", _info),
     (rf"POST {_MODEL}/branch/(?P<branch>[^/]+)", _branch),
+    (rf"DELETE {_MODEL}/branch/(?P<branch>[^/]+)", _drop_branch),
     (rf"POST {_MODEL}/preupload/(?P<revision>[^/]+)", _preupload),
     (rf"POST {_MODEL}/commit/(?P<revision>[^/]+)", _commit),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", _batch),

@@ -322,7 +322,7 @@ def test_the_host_s_tokenizer_goes_along_without_being_asked_for(tmp_path: Path)
     assert "tokenizer.json" not in without.paths and "no tokenizer" not in str(without)
     shutil.rmtree(tmp_path / "host")
     missing = push_gravity_model(model, "me/x", **options)
-    assert "no tokenizer: none was found on this machine" in str(missing)
+    assert "no tokenizer or processor: none was found on this machine" in str(missing)
 
 
 def test_figures_and_results_that_are_given_go_up_as_they_are(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from gravity_hf.training.files import write_text
 COMMIT = "POST /api/models/me/x/commit/"
 PUT = "PUT /large/"
 ALWAYS = 99
+IN_AN_HOUR = formatdate(time.time() + 3600, usegmt=True)
 
 
 def push(folder: Path, **options) -> CommitInfo:
@@ -78,7 +81,7 @@ LASTING = {
     "500 at the commit": (
         Fault(COMMIT, status=500, times=ALWAYS),
         ConnectionError,
-        "unchanged|was",
+        "answered 500.*Nothing was changed",
     ),
     "cut in the upload": (Fault(PUT, times=ALWAYS, cut_after=9), ConnectionError, "was cut"),
     "cut at the commit": (Fault(COMMIT, times=ALWAYS), ConnectionError, "was cut"),
@@ -87,6 +90,17 @@ LASTING = {
         ConnectionError,
         "wait 3600 s",
     ),
+    "429 in a window": (
+        Fault(COMMIT, status=429, times=ALWAYS, headers={"RateLimit": '"api";r=0;t=900'}),
+        ConnectionError,
+        "wait 900 s",
+    ),
+    "429 until a date": (
+        Fault(COMMIT, status=429, times=ALWAYS, headers={"Retry-After": IN_AN_HOUR}),
+        ConnectionError,
+        r"wait 3[56]\d\d s",
+    ),
+    "429 without a time": (Fault(COMMIT, status=429, times=ALWAYS), ConnectionError, "slow down"),
 }
 
 
@@ -105,6 +119,29 @@ def test_a_lasting_fault_is_said_plainly_and_changes_nothing(
         push(export)
     assert is_untouched(hub)
     assert sum(waits.seconds) < 60
+
+
+@pytest.mark.parametrize("fault", ["500 at the commit", "409", "429"])
+def test_a_branch_made_for_nothing_goes_again(
+    fault: str, hub: LoopbackHub, waits: Waits, export: Path
+) -> None:
+    hub.faults = [LASTING[fault][0]]
+    hub.faults[0].seen = 0
+    with pytest.raises(LASTING[fault][1]):
+        push(export, revision="soft")
+    assert is_untouched(hub) and hub.count("POST .*/branch/soft") == 1
+    hub.faults = []
+    push(export, revision="soft")
+    assert is_whole(hub, "soft")
+
+
+def test_a_branch_that_was_there_stays(hub: LoopbackHub, waits: Waits, export: Path) -> None:
+    push(export, revision="soft")
+    before = hub.repo("me/x").oid("soft")
+    hub.faults = [Fault(COMMIT, status=500, times=ALWAYS)]
+    with pytest.raises(ConnectionError):
+        push(export, revision="soft", tags=["more"])
+    assert hub.repo("me/x").oid("soft") == before
 
 
 def test_waiting_is_announced_and_grows(
@@ -227,8 +264,9 @@ def test_metadata_that_the_hub_refuses_changes_nothing(
     hub: LoopbackHub, export: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(export, tmp_path / "model"))
-    write_text(folder / "README.md", "---\ntags: 3\n---\nmine\n")
-    with pytest.raises(ValueError, match="tags"):
+    card = "---\ntags: [gravity-attention]\nlicense: 3\n---\nmine\n"
+    write_text(folder / "README.md", card)
+    with pytest.raises(ValueError, match="license"):
         push(folder)
     assert is_untouched(hub)
 

@@ -17,6 +17,8 @@ from gravity_hf import GravityConfig, gravity_lora, patch_with_gravity, push_gra
 from gravity_hf.hub.checks import check_export
 
 WEIGHTS = "model.safetensors"
+# None of the Hub's.
+TOKEN = "hf_" + "aB3dE6gH9jK2mN5" * 2 + "pQ8s"
 
 
 def change_json(file: Path, change: Callable[[dict], object]) -> None:
@@ -68,13 +70,20 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no code": (lambda f: (f / "modeling_gravity.py").unlink(), "no modeling_gravity.py"),
     "an adapter on top": (written("adapter_config.json", "{}"), "got both"),
-    "a pickle": (written("training_args.bin"), "can run code"),
+    "a pickle": (written("weights.bin"), "can run code"),
     "a pickle below": (
         lambda f: ((f / "sub").mkdir(), written("sub/optimizer.PT")(f)),
         "can run code",
     ),
     "a token's file": (written("hf_token.txt"), "hf_token.txt, which by its name"),
-    "a token in a text": (written("log.md", f"--token hf_{'a' * 34}"), r"Hub token in it \(hf_aaa"),
+    "a token in a text": (written("log.md", f"--token {TOKEN}"), r"Hub token in it \(hf_aB3"),
+    "a token in a log": (written("train.log", f"HF_TOKEN={TOKEN}\n"), "Hub token in it"),
+    "a token far down": (
+        written("long.txt", "-" * (2**20 - 9) + f" {TOKEN} " + "-" * 2**20),
+        "Hub token in it",
+    ),
+    "a key": (written("server.key"), "by its name"),
+    "a name's secret": (written("openai-api-key"), "by its name"),
     "a link that leads out": (lambda f: (f / "passwd").symlink_to("/etc/passwd"), "got a link"),
     "no JSON": (written("config.json", "{"), "expected JSON"),
     "nothing": (lambda f: [file.unlink() for file in f.iterdir()], "found neither"),
@@ -164,6 +173,10 @@ def test_a_host_is_no_gravity_model(hub: LoopbackHub) -> None:
 
 def test_vocabularies_are_no_secrets(export: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export, tmp_path / "model"))
-    for name in ("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json"):
+    names = ["special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json"]
+    names += ["token_classification_results.json", "loss_per_token.csv", "special_token.json"]
+    names += ["token_counts.json", "per-token-loss.png", "key.json"]
+    for name in names:
         (folder / name).write_text("{}")
+    (folder / "README.md").write_text(f"export HF_TOKEN=hf_{'x' * 34}")
     check_export(folder)
