@@ -32,7 +32,8 @@ def export(
     length: Annotated[int, typer.Option(min=8, help="Tokens in a piece, at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Which pieces of the text.")] = 0,
     opset: Annotated[
-        int | None, typer.Option(help="Of the ONNX operators (default: the exporter's choice)")
+        int | None,
+        typer.Option(help="Of the ONNX operators, 18 or newer (default: the exporter's)"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT.")] = False,
 ) -> None:
@@ -53,7 +54,7 @@ def export(
     from ..hub.formats.names import require_format
 
     # Before anything is read, and before the imports that take seconds.
-    require_format(format)
+    format = require_format(format)
     from ..hub.formats.export import export_gravity_model
 
     quiet_libraries()
@@ -87,6 +88,8 @@ def _table(report: ExportReport) -> Table:
         "after": _megabytes(report.bytes_after),
         **in_words(report.measured),
     }
+    if report.quantised:
+        cells["8-bit layers"] = f"{report.quantised['layers']} of {report.quantised['of']}"
     for name in cells:
         table.add_column(name, justify="left" if name == "format" else "right", no_wrap=True)
     table.add_row(*cells.values())

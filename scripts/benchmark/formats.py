@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 from gravity_hf import GravityConfig, calibrate, patch_with_gravity
 from gravity_hf.cli.demo.minilm import HOW_TO_GET, minilm_folder
 from gravity_hf.cli.pieces import padded_batches
+from gravity_hf.hub.card_public import public
 from gravity_hf.hub.formats.export import export_gravity_model
 from gravity_hf.hub.formats.measuring import in_words
 from gravity_hf.training.files import write_json
@@ -78,7 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
         size = row["bytes_after"] / 1e6
         print(f"{row['model']:<20} {row['format']:<6} {size:7.1f} MB, {words}")
     if options.output:
-        write_json(options.output, {"conditions": known, "softness": _SOFTNESS, "rows": rows})
+        results = {"conditions": known, "softness": _SOFTNESS, "rows": rows}
+        # Whoever reads them has other folders.
+        write_json(options.output, public(results))
 
 
 if __name__ == "__main__":

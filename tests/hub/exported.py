@@ -42,6 +42,11 @@ def save_gravity(name: str, folder: Path, softness: float = 0.25) -> Path:
     return folder
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a folder by their paths in it."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
 def left_padded(mask: Tensor) -> Tensor:
     """The mask with the second row's first tokens hidden, where it has any to spare."""
     mask = mask.clone()

@@ -107,8 +107,23 @@ def test_8_bit_weights_are_off_by_half_a_step_at_most(folder, folders):
         assert (error <= step * 0.51).all() and error.max() > 0, name
         count += 1
     assert count == 7
+    report = json.loads((folders["int8"] / "export.json").read_text())
+    assert report["quantised"] == {"layers": 7, "of": 8}
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         assert torch.equal(after.state_dict()[name], before.state_dict()[name])
+
+
+def test_8_bit_weights_of_a_model_without_linear_layers_are_refused(tmp_path):
+    """They would be the float32 ones."""
+    source = save_gravity("gpt2", tmp_path / "model")
+    with pytest.raises(ValueError, match=r"GravityGPT2LMHeadModel.*Conv1D\. Use fp16"):
+        export_gravity_model(source, tmp_path / "out", format="int8", length=12, samples=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_8_bit_weights_are_no_source_of_another_format(folders, tmp_path):
+    with pytest.raises(ValueError, match="quantised already"):
+        export_gravity_model(folders["int8"], tmp_path / "out", format="fp16")
 
 
 def test_8_bit_weights_are_run_as_the_numbers_they_stand_for(folder, folders):

@@ -25,8 +25,14 @@ _REFUSED = {
 }
 
 
-def require_format(name: str) -> None:
-    """ValueError for a format that does not exist or cannot; ImportError where packages lack."""
+def require_format(name: str) -> str:
+    """The format's own name, in small letters.
+
+    Raises:
+        ValueError: a format that does not exist or cannot.
+        ImportError: packages lack that it needs.
+    """
+    name = name.lower()
     if name in _REFUSED:
         raise ValueError(f"format {name!r} is refused: {_REFUSED[name]}")
     if name not in FORMATS:
@@ -37,3 +43,4 @@ def require_format(name: str) -> None:
             f"format {name!r} needs {', '.join(missing)}, not installed: "
             f"pip install {' '.join(missing)}"
         )
+    return name

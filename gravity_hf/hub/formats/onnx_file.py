@@ -25,6 +25,8 @@ FILE = "model.onnx"
 # A protobuf holds 2 GB; weights beyond this go to a file of their own.
 IN_ONE_FILE = 1_500_000_000
 PRESENT = "present"
+# What torch's exporter writes operators of; an older one is a conversion that it may skip unsaid.
+OLDEST_OPSET = 18
 
 
 def write_onnx(source: Source, folder: Path, example: Inputs, opset: int | None) -> Runner:
@@ -52,6 +54,8 @@ def write_onnx(source: Source, folder: Path, example: Inputs, opset: int | None)
     exported.model.metadata_props.update(source.metadata)
     size = sum(x.numel() * x.element_size() for x in program.state_dict.values())
     exported.save(folder / FILE, external_data=size > IN_ONE_FILE)
+    if opset is not None:
+        require_opset_of(folder / FILE, opset)
     return run_onnx(source, folder / FILE)
 
 
@@ -62,7 +66,8 @@ def run_onnx(source: Source, file: Path) -> Runner:
     options = onnxruntime.SessionOptions()
     # Its warnings are of its own optimiser.
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    with plain_errors(source, "onnxruntime cannot run the file of"):
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def compute(inputs: Inputs) -> tuple[Outputs, KeysAndValues]:
@@ -76,7 +81,30 @@ def run_onnx(source: Source, file: Path) -> Runner:
     return Runner(compute, lambda rows: empty_cache(source.model, rows), positions)
 
 
+def require_opset(opset: int) -> None:
+    """ValueError for operators that the exporter does not write or `onnx` does not know."""
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise ValueError(
+            f"opset: expected {OLDEST_OPSET} to {newest}, which torch's exporter writes and the "
+            f"installed onnx knows, got {opset}. Leave it out for the exporter's choice"
+        )
+
+
+def require_opset_of(file: Path, asked: int) -> None:
+    """ValueError where the exporter wrote another opset than it was asked for."""
+    found = opset_of(file)
+    if found != asked:
+        raise ValueError(
+            f"opset: expected {asked}, the exporter could not convert this model to it and gave "
+            f"{found}. Nothing was written; ask for {found}, or leave it out"
+        )
+
+
 def opset_of(file: Path) -> int:
+    """The version of ONNX's own operators in that file."""
     import onnx
 
     model = onnx.load(file, load_external_data=False)

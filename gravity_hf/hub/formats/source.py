@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ...config import GravityConfig
 from ...integration.hosts import gravity_modules, settings_of
 from ...integration.loading import load_gravity_model
+from ...training.folders import WEIGHTS
 
 # Inputs of towers beside the text, by which a model is known to be multimodal.
 _OTHER_TOWERS = ("pixel_values", "input_features", "input_values", "pixel_values_videos")
@@ -57,19 +58,42 @@ class Source:
 
 def load_source(folder: Path) -> Source:
     """ValueError for a folder that is not an unquantised, merged gravity model of a known kind."""
-    if not (folder / "config.json").is_file():
-        what = "an adapter" if (folder / "adapter_config.json").is_file() else "no model"
-        raise ValueError(
-            f"export: expected a folder with config.json, got {what} in {str(folder)!r}. Merge an "
-            "adapter first: load_gravity_model(folder).merge_and_unload().save_pretrained(...)"
-        )
+    _require_model(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("quantization_config"):
+    # Without a method it is no quantisation, but the mark of a model that needs gravity.
+    if (config.get("quantization_config") or {}).get("quant_method"):
         raise ValueError(
             f"export: expected float weights, {str(folder)!r} is quantised already. Export "
             "from the folder that it was made from"
         )
     return source_of(load_runnable(folder, dtype=torch.float32), folder)
+
+
+def _require_model(folder: Path) -> None:
+    """ValueError for a place that holds no weights of a whole model, by what it holds instead."""
+    shown = str(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"export: expected the folder of a gravity model, {shown!r} is none. Check the "
+            "spelling; a model on the Hub is downloaded first: hf download NAME --local-dir FOLDER"
+        )
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"export: expected a whole model, got an adapter in {shown!r}. Merge it first: "
+                "load_gravity_model(folder).merge_and_unload().save_pretrained(...)"
+            )
+        raise ValueError(
+            f"export: expected the folder of a gravity model, {shown!r} has no config.json. Give "
+            "the folder that save_pretrained wrote"
+        )
+    weights = [name for name in WEIGHTS if any(folder.glob(name))]
+    if weights and WEIGHTS[0] not in weights:
+        names = ", ".join(file.name for name in weights for file in folder.glob(name))
+        raise ValueError(
+            f"export: expected weights in safetensors, got a program ({names}) in {shown!r}. "
+            "Export from the folder that it was made from"
+        )
 
 
 def source_of(model: PreTrainedModel, folder: Path) -> Source:
@@ -95,7 +119,7 @@ def load_runnable(folder: Path, **options: Any) -> PreTrainedModel:
 def folder_of(model_or_folder: nn.Module | str | os.PathLike) -> Iterator[Path]:
     """The folder itself, or a temporary one with the model saved in it."""
     if not isinstance(model_or_folder, nn.Module):
-        yield Path(model_or_folder)
+        yield Path(model_or_folder).expanduser()
         return
     if hasattr(model_or_folder, "peft_config"):
         raise ValueError(

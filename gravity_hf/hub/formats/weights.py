@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..card_tensors import gravity_tensors
 from .programs import plain_errors
@@ -15,19 +18,41 @@ from .source import Source, load_runnable
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def write_weights(source: Source, folder: Path, format: str) -> Runner:
+def write_weights(
+    source: Source, folder: Path, format: str
+) -> tuple[Runner, dict[str, int] | None]:
     """Write a folder that loads with the library and, through `modeling_gravity.py`, without it.
 
     Masses, softenings and key radii stay float32 and as they were; RuntimeError if not. For `int8`
     torchao rounds the weights of linear layers to 8 bits, a scale for each output; embeddings,
-    norms and the output head keep the dtype of the source.
+    norms and the output head keep the dtype of the source. ValueError where it finds none.
+
+    Returns:
+        The folder, ready to run; for `int8` how many `layers` have 8-bit weights, `of` how many
+        linear ones.
     """
     model = load_runnable(source.folder, **_options(format))
+    quantised = _require_quantised(model) if format == "int8" else None
     model.save_pretrained(folder)
     _require_equal_masses(source.folder, folder)
     with plain_errors(source, f"transformers cannot load the {format} weights of"):
         loaded = load_runnable(folder)
-    return runner_of_model(loaded, source.kind)
+    return runner_of_model(loaded, source.kind), quantised
+
+
+def _require_quantised(model: PreTrainedModel) -> dict[str, int]:
+    from torchao.utils import TorchAOBaseTensor
+
+    linear = [x for x in model.modules() if isinstance(x, (nn.Linear, Conv1D))]
+    layers = sum(isinstance(x.weight, TorchAOBaseTensor) for x in linear)
+    if not layers:
+        conv = any(isinstance(x, Conv1D) for x in linear)
+        why = "its projections are Conv1D" if conv else "it has no nn.Linear but its output head"
+        raise ValueError(
+            f"export: expected linear layers for int8, got {type(model).__name__}, of which "
+            f"torchao's int8 takes nothing: {why}. Use fp16 or bf16"
+        )
+    return {"layers": layers, "of": len(linear)}
 
 
 def _options(format: str) -> dict[str, Any]:
