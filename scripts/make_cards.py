@@ -6,7 +6,8 @@
     python scripts/make_cards.py render      the cards again, from the results that lie there
 
 Models and finished steps stay in the work folder (--work): call it again and it goes on where it
-stopped. A card's commands are run there, so that no path of this machine is in them.
+stopped. A card's commands are run there, so that no path of this machine is in them. What is
+measured belongs to a commit: changes that are not committed are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from PIL import Image
 from gravity_hf.cli.demo.minilm import HOW_TO_GET, minilm_folder
 from gravity_hf.hub.card_figures import LIST
 from gravity_hf.hub.cards import write_card
+from gravity_hf.training.conditions import source_state
 from gravity_hf.training.corpus import load_corpus
 from gravity_hf.training.files import write_json
 
@@ -83,7 +85,14 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("what", choices=("minilm", "small-lm", "all", "render"))
     parser.add_argument("--work", type=Path, default=Path("runs/cards"), help="Work folder.")
+    parser.add_argument(
+        "--allow-uncommitted",
+        action="store_true",
+        help="Measure a tree with changes that are not committed: to try, not to keep.",
+    )
     options = parser.parse_args(arguments)
+    if options.what != "render" and not options.allow_uncommitted:
+        require_commit()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if options.what in ("minilm", "all"):
@@ -95,6 +104,15 @@ def main(arguments: list[str]) -> None:
     if options.what == "render":
         for results in sorted(CARDS.glob("*.results.json")):
             render(results.name.removesuffix(".results.json"))
+
+
+def require_commit() -> None:
+    """Numbers that nobody can get again are no results."""
+    if source_state().get("uncommitted_changes"):
+        raise SystemExit(
+            "error: make_cards: expected a source tree whose changes are committed, got one with "
+            "changes. Commit them, or add --allow-uncommitted to try"
+        )
 
 
 def obtain_minilm(work: Path) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..hub.file_names import CALIBRATION_FILE
 from .console import make_console, quiet_libraries
-from .status import CALIBRATION_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console

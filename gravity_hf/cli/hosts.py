@@ -40,8 +40,8 @@ def load_host(
         ) from error
     if getattr(config, "gravity", None) is not None or config.model_type.startswith("gravity_"):
         raise ValueError(
-            f"{argument}: expected a model with dot-product attention, {name!r} already is a gravity "
-            f"model. Look at it with: gravity-hf status {name}"
+            f"{argument}: expected a model with dot-product attention, {name!r} already is a "
+            f"gravity model. Look at it with: gravity-hf status {name}"
         )
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = model_class_of(config).from_pretrained(name, dtype=kind, **options)

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..hub.file_names import CALIBRATION_FILE
 from ..hub.tensor_files import read_json
 from .console import make_console
-
-CALIBRATION_FILE = "calibration.json"
 
 
 def status(
@@ -82,7 +81,7 @@ def _next_step(directory: Path, architecture: str | None) -> str:
 def _show_calibration(console: Console, directory: Path) -> None:
     file = directory / CALIBRATION_FILE
     if not file.is_file():
-        console.print("  no calibration.json: the contrast of its scores is not recorded")
+        console.print("  no calibration.json: the contrast is not recorded")
         return
     summary = read_json(file).get("summary", {})
     shown = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import PackageNotFoundError, metadata
-from pathlib import Path
 from typing import Any
+
+from .card_public import is_hub_name, last_name
 
 UNKNOWN = "not stated by the host"
 _PACKAGE = "gravity_hf"
@@ -16,27 +17,35 @@ def host_name(facts: dict[str, Any]) -> str | None:
     host = facts["host"]
     if host["name"] is None or not host["local"]:
         return host["name"]
-    return Path(host["name"]).expanduser().resolve().name
+    return last_name(host["name"])
 
 
 def base_model(facts: dict[str, Any]) -> str | None:
-    """The host's name on the Hub."""
+    """The host's name on the Hub, where it is known to have one."""
     host = facts["host"]
-    named = host.get("base_model")
-    return named or (None if host["local"] else host["name"])
+    named = host["base_model"] or (host["name"] if host["local"] is False else None)
+    return named if named and is_hub_name(named) else None
+
+
+def licence_link(card: dict[str, Any]) -> str | None:
+    """The host's link to its licence, unless it points to a file beside the host."""
+    link = card.get("license_link")
+    return link if link and link.startswith(("http://", "https://")) else None
 
 
 def licence(facts: dict[str, Any]) -> list[str]:
     """Sentences: the licence, and whose work the weights are."""
     card = facts["host"].get("card")
     name, lines = host_name(facts), []
-    if card is None or not card["found"]:
+    if card is not None and card.get("broken"):
+        lines.append("Licence: not stated; the host's card could not be read.")
+    elif card is None or not card["found"]:
         lines.append("Licence: not stated; no card of the host was found.")
     elif card["license"] is None:
         lines.append(f"Licence: {UNKNOWN}.")
     else:
         lines.append(f"Licence: {_licence(card)}, inherited from the host's card.")
-    lines.append(_whose(name, base_model(facts)))
+    lines.append(_whose(name, base_model(facts), facts["saved"] == "adapter"))
     if card and card["base_model"]:
         lines.append(f"The host names as its own base: {_listed(card['base_model'])}.")
     if card and card["datasets"]:
@@ -53,21 +62,27 @@ def citation(facts: dict[str, Any]) -> list[str]:
     return entries
 
 
-def _whose(name: str | None, where: str | None) -> str:
+def _whose(name: str | None, where: str | None, is_adapter: bool) -> str:
     if name is None:
-        return "Whose weights it started from is not recorded."
+        whose = "it goes onto" if is_adapter else "it started from"
+        return f"Whose weights {whose} is not recorded."
     whose = f"`{name}`"
     if where and where != name:
         whose += f" (`{where}` on the Hub)"
+    if is_adapter:
+        return f"It holds no weights of {whose}; it goes onto them."
     return f"The weights are those of {whose}, changed as described above."
 
 
 def _licence(card: dict[str, Any]) -> str:
-    text = f"`{card['license']}`"
+    named = card["license"]
+    text = _listed(named if isinstance(named, list) else [named])
     if card["license_name"]:
         text += f" ({card['license_name']})"
-    if card["license_link"]:
+    if licence_link(card):
         text += f", {card['license_link']}"
+    elif card["license_link"]:
+        text += f", in the host's file `{card['license_link']}`"
     return text
 
 

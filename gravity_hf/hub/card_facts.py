@@ -12,31 +12,29 @@ from .. import __version__
 from ..config import GravityConfig
 from .card_host import read_host_card
 from .card_lora import facts_of_lora, is_lora_run
+from .card_public import is_hub_name, is_local, public
 from .card_tensors import count_parameters, gravity_layers
+from .file_names import CALIBRATION_FILE, RESULTS_FILE
 from .tensor_files import read_json
 
-RESULTS_FILE = "results.json"
-_CALIBRATION_FILE = "calibration.json"
 _MODEL, _ADAPTER = "config.json", "adapter_config.json"
 _TYPE_PREFIX, _CLASS_PREFIX = "gravity_", "Gravity"
 
 
 def complete(results: dict[str, Any]) -> dict[str, Any]:
     """`results` with every key that a card reads. Files written before there was a key get None
-    there, or what follows from the others."""
+    there, or what follows from the others. No path is left in any."""
     found = {
         **dict.fromkeys(("settings", "training", "evaluation", "calibration", "conditions")),
-        **dict.fromkeys(("layers", "parameters", "lora")),
+        **dict.fromkeys(("layers", "parameters", "lora", "dataset_local")),
         "gravity_hf": __version__,
         "left_out": [],
-        **results,
+        **public(results),
     }
     unknown = ("name", "local", "class", "dtype", "parameters", "max_positions", "writes", "card")
-    host = {**dict.fromkeys(unknown), **found["host"]}
-    if host["local"] is None and host["name"] is not None:
-        host["local"] = is_local(host["name"])
-    found["host"] = host
+    found["host"] = {**dict.fromkeys((*unknown, "base_model")), **found["host"]}
     found["gravity"] = _settings(found)
+    found["evaluation"] = _evaluation(found)
     return found
 
 
@@ -67,11 +65,6 @@ def facts_of_folder(
     return found
 
 
-def is_local(name: str) -> bool:
-    """Whether a host's name is a folder here, and no name on the Hub."""
-    return name.startswith((".", "/", "~")) or Path(name).expanduser().is_dir()
-
-
 def gravity_block(folder: Path) -> dict[str, Any]:
     """The settings of the patch of a saved model or adapter."""
     adapter = folder / _ADAPTER
@@ -100,6 +93,15 @@ def _settings(results: dict[str, Any]) -> dict[str, Any]:
     ).to_dict()
 
 
+def _evaluation(results: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured; of data that were split to train on, what they were used for."""
+    evaluation, training = results["evaluation"], results["training"]
+    if not evaluation or training is None or training.get("transfer") or training.get("lora"):
+        return evaluation
+    used = "to calibrate on" if results["calibration"] else "left unused"
+    return {**evaluation, "text": evaluation["text"].replace(") to train", f") {used}")}
+
+
 def _of_model(folder: Path, host: str | None, online: bool) -> dict[str, Any]:
     if not (folder / _MODEL).is_file():
         raise ValueError(
@@ -119,7 +121,7 @@ def _of_model(folder: Path, host: str | None, online: bool) -> dict[str, Any]:
         "writes": name.endswith(("ForCausalLM", "LMHeadModel")),
         "max_positions": config.get("max_position_embeddings") or config.get("n_positions"),
     }
-    known["card"] = _host_card(host, online)
+    known |= _sources(host, online)
     return _bare(folder, gravity, known, "model")
 
 
@@ -133,19 +135,34 @@ def _of_adapter(
         "model_type": None,
         "writes": {"CAUSAL_LM": True, "SEQ_2_SEQ_LM": True}.get(config.get("task_type")),
     }
-    known["card"] = _host_card(known["name"], online)
+    known |= _sources(known["name"], online)
     if run is not None:
         known["class"] = run["model"]["class"].removeprefix(_CLASS_PREFIX)
+        known["dtype"] = run["model"].get("dtype")
+        where = run["model"].get("local")
+        if where is not None and known["name"] == config.get("base_model_name_or_path"):
+            # The run knew whether this was a folder.
+            known |= {"local": where, "base_model": None}
     found = _bare(folder, gravity_block(folder), known, "adapter")
     if run is not None:
-        found |= facts_of_lora(run)
+        found |= facts_of_lora(public(run))
     keys = {"rank": "r", "alpha": "lora_alpha", "type": "peft_type"}
     found["lora"] = {name: config.get(key) for name, key in keys.items()}
     return found
 
 
-def _host_card(name: str | None, online: bool) -> dict[str, Any] | None:
-    return None if name is None else read_host_card(name, online=online)
+def _sources(name: str | None, online: bool) -> dict[str, Any]:
+    """The host's card, and the host's name on the Hub where that is certain: a name that a folder
+    here could have had as well needs a card there."""
+    if name is None:
+        return {"card": None, "local": None}
+    card, local = read_host_card(name, online=online), is_local(name)
+    known = not local and card["found"] and is_hub_name(name)
+    return {
+        "card": card,
+        "local": True if local else False if known else None,
+        "base_model": name if known else None,
+    }
 
 
 def _bare(
@@ -153,8 +170,8 @@ def _bare(
 ) -> dict[str, Any]:
     """What a folder shows that no conversion described."""
     calibration = None
-    if (folder / _CALIBRATION_FILE).is_file():
-        calibration = read_json(folder / _CALIBRATION_FILE).get("summary")
+    if (folder / CALIBRATION_FILE).is_file():
+        calibration = read_json(folder / CALIBRATION_FILE).get("summary")
     layers = gravity_layers(folder)
     return complete(
         {

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-FOLDER = "figures"
-LIST = "figures.json"
+from ..viz.export import LIST_NAME as LIST
+from .file_names import FIGURES_FOLDER as FOLDER
+
 # What a Markdown page shows.
 _PICTURES = (".png", ".svg", ".jpg", ".webp")
 

@@ -17,12 +17,11 @@ _FENCE = re.compile(r"^```[^\n`]*\n(?P<body>[^`]*?)^```", re.MULTILINE)
 _ENTRY = re.compile(r"\s*@\w+\s*\{")
 # Of the HTTP library that the Hub's client is built on, which has changed its name.
 _HTTP_ERROR = HfHubHTTPError.__mro__[1]
-# No card, no network, a gated repository, a name that is none, metadata that is none.
-_UNREADABLE = (
-    *(OSError, ValueError, TypeError),
-    *(EntryNotFoundError, _HTTP_ERROR, yaml.YAMLError),
-)
-_TEXTS = ("license", "license_name", "license_link")
+# No card, no network, a gated repository, a name that is none.
+_NOT_THERE = (OSError, ValueError, EntryNotFoundError, _HTTP_ERROR)
+# Text that is none, metadata that is none.
+_BROKEN = (ValueError, TypeError, yaml.YAMLError)
+_TEXTS = ("license_name", "license_link")
 _LISTS = ("base_model", "language", "datasets")
 
 
@@ -34,31 +33,40 @@ def read_host_card(name: str, *, online: bool = True) -> dict[str, Any]:
         online: whether the Hub may be asked for a card that is not on this machine.
 
     Returns:
-        `found` (bool: whether there was a card that can be read), `license`, `license_name`,
+        `found` (bool: whether there was a card that can be read), `broken` (bool: whether there
+        was one that cannot), `license` (str, a list of them, or None), `license_name`,
         `license_link`, `citation` (str or None), `base_model`, `language`, `datasets` (lists of
-        str). A card that is missing, unreachable or broken is `found: False`, never an error.
+        str). A card that is missing, unreachable or broken is never an error.
     """
-    facts: dict[str, Any] = {"found": False, **dict.fromkeys((*_TEXTS, "citation"))}
+    facts: dict[str, Any] = {"found": False, "broken": False}
+    facts |= dict.fromkeys(("license", *_TEXTS, "citation"))
     facts |= {key: [] for key in _LISTS}
-    card = _load(name, online)
-    if card is None:
+    file = _file(name, online)
+    if file is None:
+        return facts
+    try:
+        card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except _BROKEN:
+        return {**facts, "broken": True}
+    except OSError:
         return facts
     values = card.data.to_dict()
     facts["found"] = True
+    licences = _texts(values.get("license"))
+    facts["license"] = licences if len(licences) > 1 else next(iter(licences), None)
     facts |= {key: _text(values.get(key)) for key in _TEXTS}
     facts |= {key: _texts(values.get(key)) for key in _LISTS}
     facts["citation"] = _citation(card.text)
     return facts
 
 
-def _load(name: str, online: bool) -> ModelCard | None:
+def _file(name: str, online: bool) -> Path | None:
     file = Path(name).expanduser() / _CARD
+    if file.parent.is_dir():
+        return file if file.is_file() else None
     try:
-        if not file.parent.is_dir():
-            file = Path(hf_hub_download(name, _CARD, local_files_only=not online))
-        content = file.read_text(encoding="utf-8")
-        return ModelCard(content, ignore_metadata_errors=True)
-    except _UNREADABLE:
+        return Path(hf_hub_download(name, _CARD, local_files_only=not online))
+    except _NOT_THERE:
         return None
 
 

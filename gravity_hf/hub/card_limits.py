@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .card_law import NOT_MEASURED, last_attention
+from ..config import GravityConfig
+from .card_law import NOT_MEASURED, finished_attention
 from .card_software import software_lines
+from .card_words import counted
 
 # Below this median contrast near keys hardly differ from far ones.
 BARELY = 1.2
@@ -56,7 +58,8 @@ def _granularity(facts: dict[str, Any]) -> str:
     text = f"{_MASSES[facts['gravity']['mass_per']]}; tokens have no mass of their own."
     skipped = facts["patch"]["skipped"]
     if skipped:
-        text += f" {len(skipped)} attention modules keep dot-product attention."
+        keep = "keeps" if len(skipped) == 1 else "keep"
+        text += f" {counted(len(skipped), 'attention module')} {keep} dot-product attention."
     elif skipped is None and facts["gravity"]["layers"] is not None:
         text += " Attention modules that were not converted keep dot-product attention."
     return text
@@ -72,11 +75,15 @@ def _clamping(facts: dict[str, Any]) -> list[str]:
 
 
 def _softness(facts: dict[str, Any]) -> str:
-    softness = facts["gravity"]["softness"]
-    if softness is None:
+    settings = GravityConfig.from_dict(facts["gravity"])
+    if settings.softness is None:
         return "It was not calibrated on its host's queries and keys."
-    text = f"Its softness is {softness:g}; the larger it is, the closer a model is to its host."
-    summary = last_attention(facts) or facts["calibration"]
+    words = settings.softness_in_words
+    text = (
+        f"{words[0].upper()}{words[1:]}; the larger the softness, the closer a model is to its "
+        "host."
+    )
+    summary = finished_attention(facts)
     if summary is not None and summary["contrast_median"] < BARELY:
         text += (
             f" At a median contrast of {summary['contrast_median']:.3g} distance hardly matters: "
@@ -89,6 +96,9 @@ def _lengths(facts: dict[str, Any]) -> list[str]:
     most = facts["host"]["max_positions"]
     calibrated = (facts["settings"] or {}).get("length") if facts["calibration"] else None
     evaluation = facts["evaluation"]
+    if facts["settings"] is None and facts["gravity"]["softness"] is None:
+        text = f"Behaviour over length: {NOT_MEASURED}."
+        return [text if most is None else f"{text} Its host takes up to {most} tokens."]
     if facts["settings"] is None:
         text = "The length of the texts that it was calibrated and measured on is not recorded."
         return [text if most is None else f"{text} Its host takes up to {most} tokens."]

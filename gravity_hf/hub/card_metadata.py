@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .card_attribution import base_model
-from .card_tables import COLUMNS
+from .card_attribution import base_model, licence_link
+from .card_public import is_hub_name
+from .card_tables import COLUMNS, NO_GRAVITY
 
 # The Hub's names of what was measured.
 _TASKS = {"loss": "text-generation", "embeddings": "feature-extraction"}
@@ -16,7 +16,7 @@ _DERIVED = ("gap", "control_gap")
 
 
 def metadata(facts: dict[str, Any], name: str) -> ModelCardData:
-    """Licence and sources of the host, tags, and every measured row as a result of its own."""
+    """Licence and sources of the host, tags, and what was measured of the finished model."""
     card = facts["host"].get("card") or {}
     is_adapter = facts["saved"] == "adapter"
     results = eval_results(facts)
@@ -24,7 +24,7 @@ def metadata(facts: dict[str, Any], name: str) -> ModelCardData:
         base_model=base_model(facts),
         license=card.get("license"),
         license_name=card.get("license_name"),
-        license_link=card.get("license_link"),
+        license_link=licence_link(card),
         language=card.get("language") or None,
         datasets=_datasets(facts, card) or None,
         # Under "peft" the Hub shows code that puts an adapter onto an unpatched host.
@@ -40,15 +40,18 @@ def metadata(facts: dict[str, Any], name: str) -> ModelCardData:
 
 
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
-    """One result per row and quantity; the host's and the control's say whose they are."""
+    """One result per quantity, of the last row that has gravity: what was saved. The host, the
+    control and the stages before are other models."""
     evaluation = facts["evaluation"]
-    if evaluation is None:
+    rows = [row for row in (evaluation or {}).get("rows", ()) if row["key"] not in NO_GRAVITY]
+    if evaluation is None or not rows:
         return []
+    row = rows[-1]
     measure = evaluation["measure"]
     return [
         EvalResult(
             task_type=_TASKS[measure],
-            dataset_type=(facts["settings"] or {}).get("dataset") or "text",
+            dataset_type=_dataset(facts) or "text",
             dataset_name=evaluation["text"],
             dataset_split="held out",
             dataset_args=_conditions(evaluation),
@@ -57,9 +60,6 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
             metric_value=row[key],
             metric_args={"row": row["key"], **_attention(row)},
         )
-        for row in evaluation["rows"]
-        # Embeddings are compared with the host's: its own say nothing.
-        if measure == "loss" or row["key"] != "host"
         for title, key, _ in COLUMNS[measure]
         if key in row and key not in _DERIVED
     ]
@@ -80,8 +80,13 @@ def _attention(row: dict[str, Any]) -> dict[str, Any]:
 
 def _datasets(facts: dict[str, Any], card: dict[str, Any]) -> list[str]:
     """The host's, then the one that it was converted on, if it is one of the Hub's."""
-    own = (facts["settings"] or {}).get("dataset")
-    names = [*card.get("datasets", ())]
-    if own and not Path(own).expanduser().exists() and own not in names:
+    own, names = _dataset(facts), [*card.get("datasets", ())]
+    if own and own not in names:
         names.append(own)
     return names
+
+
+def _dataset(facts: dict[str, Any]) -> str | None:
+    """The dataset of the conversion, where it is one of the Hub's."""
+    own = (facts["settings"] or {}).get("dataset")
+    return own if own and not facts.get("dataset_local") and is_hub_name(own) else None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .card_law import NOT_MEASURED
+from .card_law import NOT_MEASURED, contrast_in_words, learnt
+from .card_words import counted
 
+# Rows of other models than the converted one.
+NO_GRAVITY = ("host", "control")
 # Columns: title, key in a row, format.
 COLUMNS = {
     "loss": (
@@ -42,7 +45,7 @@ def measured(facts: dict[str, Any]) -> str:
         cells = [_cell(row, row, key, form) for _, key, form in columns]
         cells += [_cell(row, attention, key, form) for _, key, form in _ATTENTION]
         lines.append(_line([row["title"], *cells]))
-    return "\n".join([*lines, "", _legend(evaluation)])
+    return "\n".join([*lines, "", _legend(facts, evaluation)])
 
 
 def with_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -51,26 +54,37 @@ def with_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_with_gaps(row, losses) for row in rows]
 
 
-def _legend(evaluation: dict[str, Any]) -> str:
+def is_encoder(facts: dict[str, Any]) -> bool:
+    """Whether what it reads are whole texts, and no windows of a longer one."""
+    measure = (facts["evaluation"] or {}).get("measure")
+    return measure == "embeddings" or (measure is None and facts["host"]["writes"] is False)
+
+
+def _legend(facts: dict[str, Any], evaluation: dict[str, Any]) -> str:
     tokens, examples = evaluation["tokens"], evaluation.get("examples")
-    count = f"{examples} examples" if tokens is None else f"{tokens:,} tokens"
+    count = counted(examples, "example") if tokens is None else counted(tokens, "token")
     parts = [f"Held-out text: {evaluation['text']}; {count} measured"]
-    parts[0] += f", in windows of {evaluation['length']}"
+    what = "texts of at most" if is_encoder(facts) else "windows of"
+    parts[0] += f", in {what} {evaluation['length']}"
     if evaluation["stride"] is not None:
         parts[0] += f", {evaluation['stride']} apart"
     if evaluation["attention_batches"]:
         parts.append(
             "Softness and contrast are medians over heads, KL the mean KL(dot product || gravity) "
             "of their attention in nats, at the queries and keys of that row, on the first "
-            f"{evaluation['attention_batches']} batches of that text. Contrast: by how much the "
-            "pull of a near key exceeds that of a far one; 1 = distance makes no difference"
+            f"{_batches(evaluation['attention_batches'])} of that text"
         )
+        parts.append(contrast_in_words(facts["law"]))
     if any(row["key"] == "control" for row in evaluation["rows"]):
         parts.append(
             "The control had the same LoRA rank, steps, learning rate, data and order as the "
-            "gravity model, which also trained masses and softenings"
+            f"gravity model, which also trained {learnt(facts)}"
         )
     return ". ".join(parts) + ". A dash: does not apply. One run."
+
+
+def _batches(count: int) -> str:
+    return "batch" if count == 1 else counted(count, "batch")
 
 
 def _with_gaps(row: dict[str, Any], losses: dict[str, float]) -> dict[str, Any]:
@@ -95,7 +109,7 @@ def _does_not_apply(row: str, key: str) -> bool:
         return row == "host"
     if key == "control_gap":
         return row != "healed"
-    return row in ("host", "control") and key in {column[1] for column in _ATTENTION}
+    return row in NO_GRAVITY and key in {column[1] for column in _ATTENTION}
 
 
 def _line(cells: list[str]) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..config import GravityConfig
 from .card_attribution import base_model, host_name
-from .card_law import NOT_MEASURED, contrast, overall
+from .card_law import NOT_MEASURED, contrast, learnt, overall
+from .card_tables import is_encoder
+from .card_words import counted
 
 _SAID_ELSEWHERE = ("card", "figures")
 
@@ -20,10 +23,12 @@ def introduction(facts: dict[str, Any]) -> str:
     text = (
         f"{what[0].upper()}{what[1:]} with its dot-product attention replaced by gravity: a token "
         f"attends to what is *near* it, not to what is *aligned* with it. The host is {whose}; "
-        f"{len(patch['layers'])} of its attention modules were converted"
+        f"{len(patch['layers'])} of its attention modules "
+        f"{'was' if len(patch['layers']) == 1 else 'were'} converted"
     )
     if patch["skipped"]:
-        text += f", {len(patch['skipped'])} keep dot-product attention"
+        count = len(patch["skipped"])
+        text += f", {count} {'keeps' if count == 1 else 'keep'} dot-product attention"
     return text + "."
 
 
@@ -54,18 +59,20 @@ def recipe(facts: dict[str, Any]) -> list[str]:
     settings, training = facts["settings"], facts["training"]
     if settings is None or training is None:
         return _recipe_of_folder(facts)
-    lines = [f"Seed {settings['seed']}, windows of {settings['length']} tokens."]
+    noun = "text" if is_encoder(facts) else "window"
+    most = "texts of at most" if is_encoder(facts) else "windows of"
+    lines = [f"Seed {settings['seed']}, {most} {settings['length']} tokens."]
     if facts["calibration"] is not None:
-        lines.append(f"Calibrated on {settings['samples']} windows, without training.")
+        lines.append(f"Calibrated on {counted(settings['samples'], noun)}, without training.")
     if training["transfer"] is not None:
         objective = training["transfer"]["objective"]
         lines.append(
-            f"Attention transfer, {objective['mode']}: {settings['transfer_steps']} steps, masses "
-            f"and softenings only, learning rate {settings['transfer_learning_rate']:g}; factors "
-            f"{_factors(objective)}."
+            f"Attention transfer, {objective['mode']}: "
+            f"{counted(settings['transfer_steps'], 'step')}, {learnt(facts)} only, learning rate "
+            f"{settings['transfer_learning_rate']:g}; factors {_factors(objective)}."
         )
     if training["lora"] is not None:
-        lines += _lora(facts, settings, training)
+        lines += _lora(facts, settings, training, noun)
     left_out = [name for name in facts["left_out"] if name not in _SAID_ELSEWHERE]
     if left_out:
         lines.append(f"Left out: {', '.join(left_out)}.")
@@ -73,13 +80,21 @@ def recipe(facts: dict[str, Any]) -> list[str]:
 
 
 def samples(facts: dict[str, Any]) -> list[dict[str, str]]:
-    """What the model wrote, with a fence that its text does not contain."""
-    found = []
-    for sample in (facts["evaluation"] or {}).get("samples", []):
-        text = sample["prompt"] + sample["text"]
-        longest = max((len(run) for run in re.findall("~+", text)), default=0)
-        found.append({"text": text, "fence": "~" * max(4, longest + 1)})
-    return found
+    """What the model wrote."""
+    found = (facts["evaluation"] or {}).get("samples", [])
+    return [_fenced(sample["prompt"] + sample["text"]) for sample in found]
+
+
+def command(facts: dict[str, Any]) -> dict[str, str] | None:
+    """The call that repeats the conversion."""
+    text = (facts["conditions"] or {}).get("command")
+    return _fenced(text) if text else None
+
+
+def _fenced(text: str) -> dict[str, str]:
+    """The text, with a fence that it does not contain."""
+    longest = max((len(run) for run in re.findall("~+", text)), default=0)
+    return {"text": text, "fence": "~" * max(4, longest + 1)}
 
 
 def conditions(facts: dict[str, Any]) -> str:
@@ -88,7 +103,9 @@ def conditions(facts: dict[str, Any]) -> str:
     if found is None:
         return "not recorded."
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['device']}, {facts['host']['dtype']} weights, {versions}, {found['date']}."
+    dtype = facts["host"]["dtype"]
+    weights = "" if dtype is None else f"{dtype} weights, "
+    return f"{found['device']}, {weights}{versions}, {found['date']}."
 
 
 def loading(facts: dict[str, Any], name: str) -> str:
@@ -114,24 +131,25 @@ def loading(facts: dict[str, Any], name: str) -> str:
 def _recipe_of_folder(facts: dict[str, Any]) -> list[str]:
     """What a folder shows of how it was made, where nothing describes it."""
     lines = ["How it was made is not recorded in this folder; what follows is read from its files."]
-    softness = facts["gravity"]["softness"]
-    if softness is not None:
-        lines.append(f"Calibrated, softness {softness:g}.")
+    settings = GravityConfig.from_dict(facts["gravity"])
+    if settings.softness is not None:
+        lines.append(f"Calibrated, {settings.softness_in_words}.")
     rank = (facts.get("lora") or {}).get("rank")
     if rank is not None:
         lines.append(f"LoRA: rank {rank}, alpha {facts['lora']['alpha']}.")
     return [*lines, f"Control, the host with the same training: {NOT_MEASURED}."]
 
 
-def _lora(facts: dict[str, Any], settings: dict[str, Any], training: dict[str, Any]) -> list[str]:
+def _lora(
+    facts: dict[str, Any], settings: dict[str, Any], training: dict[str, Any], noun: str
+) -> list[str]:
     objective = training["lora"]["objective"]
-    learnt = "the text alone" if objective is None else _factors(objective)
+    learnt_from = "the text alone" if objective is None else _factors(objective)
     lines = [
         f"LoRA on the attention projections: rank {settings['lora_rank']}, alpha "
-        f"{settings['lora_alpha']}, {settings['lora_steps']} steps of {settings['batch_size']}"
-        f" x {settings['accumulation']} windows on each of "
-        f"{facts['conditions']['processes']} process(es), learning rate "
-        f"{settings['lora_learning_rate']:g}; loss on {learnt}. "
+        f"{settings['lora_alpha']}, {counted(settings['lora_steps'], 'step')} of "
+        f"{_batch(settings, noun)} on {_processes(facts)}, learning rate "
+        f"{settings['lora_learning_rate']:g}; loss on {learnt_from}. "
         + ("Saved as an adapter." if facts["saved"] == "adapter" else "Merged.")
     ]
     if settings["anneal_to"] is not None:
@@ -141,6 +159,16 @@ def _lora(facts: dict[str, Any], settings: dict[str, Any], training: dict[str, A
         )
     lines.append(_control(training["control"]))
     return lines
+
+
+def _batch(settings: dict[str, Any], noun: str) -> str:
+    one = settings["batch_size"] * settings["accumulation"] == 1
+    return f"{settings['batch_size']} x {settings['accumulation']} {noun}{'' if one else 's'}"
+
+
+def _processes(facts: dict[str, Any]) -> str:
+    count = facts["conditions"]["processes"]
+    return "1 process" if count == 1 else f"each of {counted(count, 'process')}"
 
 
 def _control(control: dict[str, Any] | None) -> str:
@@ -156,9 +184,13 @@ def _control(control: dict[str, Any] | None) -> str:
 
 def _added(facts: dict[str, Any]) -> str:
     """Numbers that the host does not have."""
-    names = (("masses", "mass"), ("softenings", "softening"), ("key radii, fixed", "key_radius"))
-    counts = [(title, overall(facts, key)) for title, key in names]
-    parts = [f"{found['count']:,} {title}" for title, found in counts if found is not None]
+    names = (("mass", "masses"), ("softening", "softenings"), ("key radius", "key radii"))
+    parts = []
+    for noun, plural in names:
+        found = overall(facts, noun.replace(" ", "_"))
+        if found is not None:
+            fixed = ", fixed" if noun == "key radius" else ""
+            parts.append(counted(found["count"], noun, plural) + fixed)
     if facts["saved"] == "adapter" and facts["parameters"]:
         parts.append(f"{facts['parameters']['others']:,} of LoRA")
     return "; ".join(parts) or NOT_MEASURED
@@ -183,4 +215,5 @@ def _auto_class(model_class: str | None) -> str:
 
 def _factors(objective: dict[str, Any]) -> str:
     names = ("outputs", "weights", "states", "logits", "loss")
-    return ", ".join(f"{name} {objective[name]:g}" for name in names if objective.get(name))
+    said = (f"{name} {objective[name]:g}" for name in names if objective.get(name))
+    return ", ".join(said) or "not recorded"

@@ -17,7 +17,7 @@ from .card_law import constants, law_text, layer_table
 from .card_limits import limits, software
 from .card_metadata import metadata
 from .card_tables import measured
-from .card_text import changes, conditions, introduction, loading, recipe, samples
+from .card_text import changes, command, conditions, introduction, loading, recipe, samples
 from .tensor_files import read_json
 
 _CARDS_PACKAGE = "gravity_hf._cards"
@@ -91,7 +91,7 @@ def _card(facts: dict[str, Any], name: str, figures: list[dict[str, str]]) -> Mo
         measured=measured(facts),
         samples=samples(facts),
         conditions=conditions(facts),
-        command=(facts["conditions"] or {}).get("command"),
+        command=command(facts),
         figures=figures,
         loading=loading(facts, name),
         limits=limits(facts),

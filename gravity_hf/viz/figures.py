@@ -27,7 +27,7 @@ _MASSES = (
 _CONTRAST = (
     "Softened distance d² + ε of a far key (95 % quantile) over that of a near one (5 %), squared. "
     "Under the law “force” by so much steeper does the score fall at the near key; under “power” "
-    "this to the power of M² is the ratio of the two keys' weights. At 1 distance makes no "
+    "its root to the power of M² is the ratio of the two keys' weights. At 1 distance makes no "
     "difference."
 )
 _TWO_TEXTS = " At calibration: on the text it was calibrated on; now: on the text of these figures."

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli.conversions import convert, ran, rows, save_decoder, save_encoder, tensors
+from cli.conversions import TEXT, convert, ran, rows, save_decoder, save_encoder, tensors
 
 from gravity_hf import load_gravity_model
 from gravity_hf.cli.convert.data import conversion_data
@@ -64,7 +64,8 @@ def test_the_saved_model_is_the_one_that_was_measured(finished: Path, host: Path
 
 def _flags(results: dict[str, Any]) -> list[str]:
     found = []
-    for name, value in results["settings"].items():
+    # Results keep no paths: the text lies where the tests have it.
+    for name, value in {**results["settings"], "text_files": [str(TEXT)]}.items():
         values = value if isinstance(value, list) else [value]
         found += [f"--{name}", *map(str, values)] if value not in (None, []) else []
     return found

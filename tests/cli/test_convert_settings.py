@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from gravity_hf.cli.convert.checks import check_settings
-from gravity_hf.cli.convert.settings import ConversionSettings, parse_conversion, parse_layers
+from gravity_hf.cli.convert.settings import (
+    SKIPPABLE,
+    ConversionSettings,
+    parse_conversion,
+    parse_layers,
+)
 from gravity_hf.cli.lora.settings import LoraSettings, parse_lora
 
 RECIPES = Path(__file__).resolve().parents[2] / "scripts" / "recipes"
@@ -119,3 +124,12 @@ def test_layers_are_read(text: str | None, layers: tuple[int, ...] | None) -> No
 def test_unreadable_layers_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--layers"):
         parse_layers(text)
+
+
+def test_the_help_names_every_step_that_can_be_left_out() -> None:
+    from typer.main import get_command
+
+    from gravity_hf.cli.main import app
+
+    (skip,) = (p for p in get_command(app).commands["convert"].params if p.name == "skip")
+    assert all(name in skip.help for name in SKIPPABLE) and "adapter" in skip.help

@@ -9,7 +9,7 @@ from cli.commands import run
 from hosts import tiny_host, tiny_inputs
 
 from gravity_hf import GravityConfig, calibrate, gravity_lora, patch_with_gravity
-from gravity_hf.cli.status import CALIBRATION_FILE
+from gravity_hf.hub.file_names import CALIBRATION_FILE
 
 
 def shown(folder: Path, **options: Any) -> str:

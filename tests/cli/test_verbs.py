@@ -176,11 +176,14 @@ def test_convert_trains_when_it_is_asked_to(decoder: Path, tmp_path: Path) -> No
     assert "--max-kl 0.5" in command and "--no-control" in command
 
 
-def test_the_command_in_the_results_repeats_the_conversion(decoder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_the_command_in_the_results_repeats_the_conversion(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It names no folders that lead there: it is run where the model lies.
+    monkeypatch.chdir(tmp_path)
     options = ("--softness", 0.5, "--law", "power", "--layers", "1", "--skip", "card")
-    assert run("convert", decoder, out, *SMALL, *options).exit_code == 0
-    command = json.loads((out / "results.json").read_text())["conditions"]["command"]
+    assert run("convert", "decoder", "out", *SMALL, *options).exit_code == 0
+    command = json.loads(Path("out/results.json").read_text())["conditions"]["command"]
     again = run(*shlex.split(command)[1:])
     assert again.exit_code == 0, again.output
     assert again.output.count("finished before") == 5

@@ -55,7 +55,7 @@ def test_what_was_changed_is_counted() -> None:
     assert cells["parameters of the host"] == "1,234,567"
     assert cells["added"] == "12 masses; 12 softenings; 2 key radii, fixed"
     assert cells["masses M, lowest and highest"] == "7 and 9"
-    assert "median contrast of the scores 1.86" in cells["how gravitational"]
+    assert "median contrast 1.86" in cells["how gravitational"]
 
 
 def test_nothing_is_claimed_for_what_was_left_out() -> None:

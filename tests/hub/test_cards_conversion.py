@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.conversions import convert, ran, save_decoder
+from cli.conversions import TEXT, convert, ran, save_decoder
 from hub.card_results import section
 from huggingface_hub import ModelCard
 
 from gravity_hf.cli.convert import pipeline, saving
 from gravity_hf.hub.card_tensors import gravity_layers
 
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 SHORT: dict[str, Any] = {"transfer_steps": 0, "lora_steps": 0, "prompts": [], "samples": 2}
 
 
@@ -47,11 +50,54 @@ def test_the_card_passes_on_what_the_hosts_card_says(drawn: Path) -> None:
     assert card.data.base_model == "maker/mine"
 
 
+def test_no_place_on_this_machine_leaves_it(drawn: Path, host: Path) -> None:
+    files = [
+        p for p in drawn.rglob("*") if p.is_file() and "work" not in p.relative_to(drawn).parts
+    ]
+    texts = {file.name: file.read_bytes() for file in files if file.suffix != ".png"}
+    assert {"results.json", "README.md", "config.json", "figures.json"} <= texts.keys()
+    for place in (host.parent, drawn.parent, TEXT.parent):
+        assert [name for name, text in texts.items() if str(place).encode() in text] == []
+    results = json.loads(texts["results.json"])
+    assert results["host"]["name"] == "decoder" and results["host"]["local"]
+    assert results["settings"]["text_files"] == ["words.txt"]
+
+
+def test_a_licence_that_changes_is_passed_on_without_training_again(
+    host: Path, tmp_path: Path
+) -> None:
+    copy, out = Path(shutil.copytree(host, tmp_path / "host")), tmp_path / "out"
+    options = {**SHORT, "skip": ["evaluate", "calibrate"], "distance": "euclidean"}
+    convert(copy, out, **options)
+    (copy / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Mine\n")
+    _, screen = convert(copy, out, **options)
+    assert ran(screen) == ["save", "card"]
+    assert ModelCard.load(out / "README.md").data.license == "cc-by-4.0"
+
+
 def test_the_card_shows_the_pictures_that_were_drawn(drawn: Path) -> None:
     listed = json.loads((drawn / "figures" / "figures.json").read_text())
     shown = section(ModelCard.load(drawn / "README.md"), "Figures")
     assert listed and all(f"](figures/{entry['file']})" in shown for entry in listed)
     assert all((drawn / "figures" / entry["file"]).stat().st_size for entry in listed)
+
+
+def test_published_pictures_say_what_todays_say(drawn: Path) -> None:
+    """Masses and losses are told by training, which this conversion has not."""
+    published = captions(CARDS / "figures" / "small-lm-gravity")
+    today = captions(drawn / "figures")
+    both = (published.keys() & today.keys()) - {"masses", "mass-change", "losses"}
+    assert len(both) >= 4
+    for name in both:
+        # What was trained may have more to say.
+        assert today[name] <= published[name], name
+
+
+def captions(folder: Path) -> dict[str, set[str]]:
+    """Title and sentences by name, without the numbers of layers and heads."""
+    entries = json.loads((folder / "figures.json").read_text())
+    words = {e["name"]: [e["title"], *e["caption"].rstrip(".").split(". ")] for e in entries}
+    return {name: {re.sub(r"\d+", "#", text) for text in w} for name, w in words.items()}
 
 
 def test_pictures_that_are_there_are_not_drawn_again(drawn: Path, host: Path) -> None:

@@ -94,7 +94,7 @@ def test_nothing_measured_nothing_claimed(saved: Path, adapter: Path) -> None:
         card = card_of_folder(folder, "me/plain")
         assert card.data.eval_results is None and card.data.model_name is None
         assert "Nothing was measured" in section(card, "What was measured")
-        assert "contrast of the scores not measured" in card.text
+        assert "contrast not measured" in card.text
         assert "How it was made is not recorded" in card.text
         assert "the host with the same training: not measured" in card.text
         assert not re.search(r"\d\.\d", section(card, "What was measured"))
@@ -203,5 +203,20 @@ def test_an_adapter_of_a_lora_run_says_what_that_measured(adapter: Path, tmp_pat
     made = section(card, "How it was made")
     assert "rank 4, alpha 16, 30 steps of 2 x 1 windows" in made
     assert "same LoRA, for comparison: not measured" in made
-    assert [result.metric_value for result in card.data.eval_results] == [2.625, 2.125]
+    assert [result.metric_value for result in card.data.eval_results] == [2.125]
     assert "Qwen2ForCausalLM" in card.text and "7 examples measured" in card.text
+    assert "None" not in str(card)
+
+
+@pytest.mark.parametrize(("local", "claimed"), [(True, None), (False, "runs/host"), (None, None)])
+def test_a_run_says_whether_its_base_was_a_folder(
+    adapter: Path, tmp_path: Path, local: bool | None, claimed: str | None
+) -> None:
+    copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    file = copy / "adapter_config.json"
+    config = {**json.loads(file.read_text()), "base_model_name_or_path": "runs/host"}
+    file.write_text(json.dumps(config))
+    run = {**LORA_RUN, "model": {**LORA_RUN["model"], "local": local, "dtype": "bfloat16"}}
+    (copy / "results.json").write_text(json.dumps(run))
+    card = card_of_folder(copy, "me/lora", online=False)
+    assert card.data.base_model == claimed and "bfloat16 weights" in card.text

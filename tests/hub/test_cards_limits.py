@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"gravity": gravity(mass_per="kv_head")},
     ),
     "kept layers": (
-        "1 attention modules keep dot-product attention",
+        "1 attention module keeps dot-product attention",
         {"patch": {"layers": ["a"], "skipped": ["b"]}},
         {"patch": {"layers": ["a", "b"], "skipped": []}},
     ),
@@ -68,7 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"gravity": gravity(distance="euclidean")},
     ),
     "softness": (
-        "Its softness is 4;",
+        "Softness 4;",
         {"gravity": gravity(softness=4.0)},
         {"gravity": gravity(softness=None)},
     ),

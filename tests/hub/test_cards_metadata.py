@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.card_results import HOST_CARD, RESULTS, results, section, upload
+from hub.card_results import HOST_CARD, RESULTS, results, section, table, upload
 from hub.loopback import WRITER, LoopbackHub
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from gravity_hf.hub.card_host import read_host_card
-from gravity_hf.hub.cards import model_card
+from gravity_hf.hub.cards import card_of_folder, model_card
 
 FULL = """---
 license: other
@@ -45,13 +45,15 @@ def reread(results: dict[str, Any]) -> ModelCard:
     return ModelCard(str(model_card(results, "me/out")))
 
 
-def test_every_row_is_a_result_that_reads_back_the_same() -> None:
+def test_what_was_saved_is_the_result_and_reads_back_the_same() -> None:
     card = reread(results())
     assert card.data.to_dict()["model-index"][0]["name"] == "me/out"
     name, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert name == "me/out" and found == model_card(results(), "me/out").data.eval_results
     values = {result.metric_args["row"]: result.metric_value for result in found}
-    assert values == {"host": 2.5, "control": 2.4, "calibrated": 2.75, "healed": 2.4125}
+    # The host, the control and the stages before are other models: they stand in the table.
+    assert values == {"healed": 2.4125}
+    assert table(section(card, "What was measured"))[1][1] == "2.5000"
     assert all(result.dataset_args["length"] == 256 for result in found)
 
 
@@ -60,7 +62,6 @@ def test_a_result_of_gravity_says_how_gravitational_it_was() -> None:
     assert (
         found["healed"]["contrast_median"] == 1.86 and found["healed"]["softness_median"] == 0.987
     )
-    assert "contrast_median" not in found["host"]
 
 
 def test_the_licence_is_the_hosts() -> None:
@@ -126,6 +127,7 @@ def test_the_hosts_card_is_read_from_its_folder(tmp_path: Path) -> None:
     found = read_host_card(str(tmp_path))
     assert found == {
         "found": True,
+        "broken": False,
         "license": "other",
         "license_name": "research-only",
         "license_link": "https://example.org/licence",
@@ -157,6 +159,21 @@ def test_the_hosts_card_is_read_from_the_hub_where_that_may_be_asked(
     assert read_host_card("me/host")["license_name"] == "research-only"
     assert read_host_card("me/host", online=False)["license_name"] == "research-only"
     assert not read_host_card("me/there-is-none")["found"]
+
+
+def test_a_base_is_claimed_where_it_has_a_card_on_the_hub_or_a_run_knew_it(
+    hub: LoopbackHub, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative folder has the form of a name on the Hub: `runs/host` may be either."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    api = HfApi(endpoint=hub.url, token=WRITER)
+    api.create_repo("me/base")
+    api.upload_file(path_or_fileobj=b"# Base\n", path_in_repo="README.md", repo_id="me/base")
+    assert card_of_folder(export, "x", host="me/base").data.base_model == "me/base"
+    assert card_of_folder(export, "x", host="runs/host").data.base_model is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "base").mkdir(parents=True)
+    assert card_of_folder(export, "x", host="me/base").data.base_model is None
 
 
 def test_the_hub_takes_the_metadata(hub: LoopbackHub) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.card_results import upload
+from hub.card_results import section, table, upload
 from hub.loopback import LoopbackHub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -47,6 +47,18 @@ def leaves(content: Any) -> Iterator[Any]:
         yield content
 
 
+# Titles of the columns of the table of measurements: key in a row, format.
+_MEASURED = {
+    "loss, nats per token": ("loss", ".4f"),
+    "mean cosine to the host's": ("cosine_mean", ".4f"),
+    "lowest": ("cosine_min", ".4f"),
+    "Spearman": ("spearman", ".4f"),
+    "same neighbour": ("same_neighbour", ".2f"),
+}
+_ATTENTION = {"softness": "softness_median", "contrast": "contrast_median", "KL": "kl_mean"}
+_LAW = {"mass M": "mass", "softening eps": "softening", "key radius R": "key_radius"}
+
+
 def numbers_of(results: dict[str, Any]) -> set[str]:
     """Every number of the results as a card may write it, and differences of their losses."""
     found: set[str] = set()
@@ -69,6 +81,41 @@ def test_every_decimal_number_comes_from_the_results(name: str) -> None:
     numbers = set(_NUMBER.findall(card_of(name).text))
     assert len(numbers) > 20
     assert numbers - numbers_of(results_of(name)) == set()
+
+
+def test_every_measured_cell_is_the_number_of_its_row_and_column(name: str) -> None:
+    rows = results_of(name)["evaluation"]["rows"]
+    losses = {row["key"]: row.get("loss") for row in rows}
+    header, *body = table(section(card_of(name), "What was measured"))
+    assert [cells[0] for cells in body] == [row["title"] for row in rows]
+    for cells, row in zip(body, rows, strict=True):
+        for title, cell in list(zip(header, cells, strict=True))[1:]:
+            assert cell == _expected(title, row, losses), (row["key"], title)
+
+
+def _expected(title: str, row: dict[str, Any], losses: dict[str, float]) -> str:
+    key = row["key"]
+    if title == "against the host":
+        return "–" if key == "host" else format(row["loss"] - losses["host"], "+.4f")
+    if title == "against the control":
+        return format(row["loss"] - losses["control"], "+.4f") if key == "healed" else "–"
+    if title in _ATTENTION:
+        own = row.get("attention")
+        return format(own[_ATTENTION[title]], ".3g") if own else "–"
+    measured, form = _MEASURED[title]
+    return format(row[measured], form)
+
+
+def test_every_constant_is_that_of_its_layer(name: str) -> None:
+    header, *body = table(section(card_of(name), "The law"))
+    layers = results_of(name)["layers"]
+    assert [cells[:2] for cells in body] == [
+        [f"`{row['layer']}`", str(row["mass"]["count"])] for row in layers
+    ]
+    for cells, row in zip(body, layers, strict=True):
+        for title, cell in list(zip(header, cells, strict=True))[2:]:
+            values = [row[_LAW[title]][which] for which in ("lowest", "median", "highest")]
+            assert cell == " / ".join(f"{value:.4g}" for value in values), (row["layer"], title)
 
 
 def test_a_card_reads_back_with_its_results(name: str) -> None:
@@ -101,7 +148,7 @@ def test_a_card_is_what_the_script_makes_of_the_results(
 
 def test_a_card_names_its_command_and_no_place_on_a_machine(name: str) -> None:
     results = results_of(name)
-    assert f"`{results['conditions']['command']}`" in card_of(name).text
+    assert f"~~~~bash\n{results['conditions']['command']}\n~~~~" in card_of(name).text
     for leaf in leaves(results):
         assert not (isinstance(leaf, str) and re.search(r"(^|[\s'\"])(/|~/|\.\./)\w", leaf)), leaf
 

@@ -94,6 +94,9 @@ def test_a_gravity_model_gets_an_adapter_that_loads(
         assert not torch.equal(module.mass_log, base.get_submodule(name).gravity.mass_log)
     measured = results(out)["evaluation"]
     assert measured["loss_before"] != measured["loss_after"]
+    about = results(out)["model"]
+    assert about["local"] and about["dtype"] == "float32"
+    assert str(gravity.parent) not in (out / "results.json").read_text()
 
 
 def test_a_host_is_converted_on_the_fly(script: Script, host: Path, tmp_path: Path) -> None:

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from .settings import ConversionSettings
 
 
+_SKIP = (
+    "Step to leave out: calibrate, transfer, lora, control, merge, evaluate, figures or card; "
+    "repeatable. --skip merge saves LoRA as an adapter."
+)
+
+
 def convert(
     model: Annotated[
         str,
@@ -41,9 +47,7 @@ def convert(
     control: Annotated[
         bool, typer.Option(help="Give the untouched host the same LoRA, to compare with.")
     ] = True,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Step to leave out, such as evaluate; repeatable.")
-    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help=_SKIP)] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="Text, its last part held out; repeatable (default: Python's)"),
@@ -159,7 +163,7 @@ def say_results(console: Console, results: dict[str, Any], out: str) -> None:
     if summary is not None:
         console.print(
             f"How gravitational: median softness {summary['softness_median']:.3g}, median contrast "
-            f"of the scores {summary['contrast_median']:.3g} (1 = distance makes no difference)"
+            f"{summary['contrast_median']:.3g} (1 = distance makes no difference)"
         )
     console.print(f"Saved to {out}. Next: gravity-hf status {out}", markup=False)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...hub.card_facts import is_local
-from ...hub.card_host import read_host_card
+from ...hub.card_public import is_local
+from ...hub.file_names import CALIBRATION_FILE
 from ...integration.calibration import calibrate as calibrate_model
 from ...integration.patching import gravity_status, patch_with_gravity
 from ...training.files import write_text
 from ...training.packing import require_packable
-from ..status import CALIBRATION_FILE
 from ..steps.states import restore_gravity_state, save_gravity_state
 from .context import Context
 
@@ -34,7 +33,6 @@ def load(context: Context, folder: Path) -> dict[str, Any]:
         "max_positions": getattr(model.config, "max_position_embeddings", None),
         "vocabulary": model.get_input_embeddings().num_embeddings,
         "local": is_local(context.settings.model.model),
-        "card": read_host_card(context.settings.model.model),
     }
 
 

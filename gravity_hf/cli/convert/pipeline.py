@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ...hub.file_names import RESULTS_FILE
 from ..steps.identity import data_identity, host_identity
 from ..steps.output import (
     is_saved,
@@ -21,7 +22,7 @@ from .checks import check_settings
 from .context import Context
 from .early import calibrate, load, patch
 from .evaluating import evaluate
-from .saving import RESULTS_FILE, can_draw, card, figures, save
+from .saving import can_draw, card, figures, host_card, save
 from .settings import STEPS, ConversionSettings
 
 
@@ -141,7 +142,8 @@ def _settings_of_steps(settings: ConversionSettings) -> dict[str, dict[str, Any]
         "control": {**budget, **training},
         "merge": {},
         "evaluate": {**vars(settings.evaluation), **data},
-        "save": chosen("base_model"),
+        # It gets a licence, or another one, without any change of the host itself.
+        "save": {**chosen("base_model"), "host's card": host_card(settings.model)},
         # Drawn once matplotlib is there.
         "figures": {"matplotlib": can_draw()},
         "card": {},

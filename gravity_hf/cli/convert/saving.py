@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...hub.card_facts import RESULTS_FILE, gravity_block
-from ...hub.card_figures import FOLDER as FIGURES
+from ...hub.card_facts import gravity_block
 from ...hub.card_host import read_host_card
+from ...hub.card_public import public
 from ...hub.card_tensors import count_parameters, gravity_layers
 from ...hub.cards import write_card
+from ...hub.file_names import CALIBRATION_FILE, CARD_FILE, FIGURES_FOLDER, RESULTS_FILE
 from ...training.conditions import run_conditions
 from ...training.files import write_json
-from ..status import CALIBRATION_FILE
 from ..steps.output import new_contents, publish
 from ..steps.work import read_record
 from .context import Context
 from .early import CALIBRATION_TABLE
+from .settings import ModelArguments
 
-CARD_FILE = "README.md"
 # Figures show one text or few; the rest is for quantiles.
 _FIGURE_BATCHES = 4
 
@@ -36,7 +36,7 @@ def save(context: Context, folder: Path) -> dict[str, Any]:
     if "calibrate" not in context.work.skipped:
         for name in (CALIBRATION_FILE, CALIBRATION_TABLE):
             shutil.copyfile(context.work.folder("calibrate") / name, new / name)
-    write_json(new / RESULTS_FILE, results(context, new))
+    write_json(new / RESULTS_FILE, public(results(context, new)))
     return publish(context, new, ("save", "figures", "card"))
 
 
@@ -51,14 +51,14 @@ def figures(context: Context, folder: Path) -> dict[str, Any]:
     batches = (context.data.held_out or context.data.calibration)[:_FIGURE_BATCHES]
     write_figures(
         context.final(),
-        context.out / FIGURES,
+        context.out / FIGURES_FOLDER,
         batches=[{k: v for k, v in batch.items() if k != "labels"} for batch in batches],
         host=context.host(),
         results=read_record(context.out, RESULTS_FILE),
         calibration=(read_record(context.out, CALIBRATION_FILE) or {}).get("rows"),
         tokenizer=context.tokenizer,
     )
-    return {"files": [FIGURES]}
+    return {"files": [FIGURES_FOLDER]}
 
 
 def can_draw() -> bool:
@@ -82,7 +82,7 @@ def results(context: Context, saved: Path) -> dict[str, Any]:
     return {
         "format": 1,
         "gravity_hf": __version__,
-        "host": {**host, **_host(context, host)},
+        "host": {**host, **_host(context)},
         "saved": "adapter" if _is_adapter(context) else "model",
         "law": context.settings.config().to_dict()["law"],
         "settings": context.settings.to_dict(),
@@ -102,13 +102,19 @@ def results(context: Context, saved: Path) -> dict[str, Any]:
     }
 
 
-def _host(context: Context, loaded: dict[str, Any]) -> dict[str, Any]:
-    """Whose work it is; the card of the host's copy on the Hub where its folder has none."""
+def _host(context: Context) -> dict[str, Any]:
+    """Whose work it is."""
     model = context.settings.model
-    card = loaded.get("card") or read_host_card(model.model)
+    return {"name": model.model, "base_model": model.base_model, "card": host_card(model)}
+
+
+def host_card(model: ModelArguments) -> dict[str, Any]:
+    """The host's card; that of its copy on the Hub where its folder has none."""
+    card = read_host_card(model.model)
     if model.base_model and not card["found"]:
-        card = read_host_card(model.base_model)
-    return {"name": model.model, "base_model": model.base_model, "card": card}
+        on_the_hub = read_host_card(model.base_model)
+        return on_the_hub if on_the_hub["found"] else card
+    return card
 
 
 def _training(context: Context, name: str) -> dict[str, Any] | None:

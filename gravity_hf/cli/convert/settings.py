@@ -37,7 +37,11 @@ class ModelArguments:
     device: str = _help("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
     force: bool = _help(False, "Start anew: replace the model in OUT, forget finished steps.")
     skip: list[str] = field(
-        default_factory=list, metadata={"help": f"Steps to leave out: {', '.join(SKIPPABLE)}."}
+        default_factory=list,
+        metadata={
+            "help": f"Steps to leave out: {', '.join(SKIPPABLE)}. "
+            "Without merge LoRA is saved as an adapter."
+        },
     )
     base_model: str | None = _help(
         None, "The host's name on the Hub, for the card, where `model` is a folder."

@@ -10,12 +10,12 @@ from typing import Any
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ...hub.file_names import CALIBRATION_FILE
 from ...training.annealing import SofteningAnnealing
 from ...training.distributed import save_whole
 from ...training.lora import gravity_lora, host_lora
 from ...training.optim import GravityTrainer
 from ...training.transfer import TransferSettings, TransferTrainer, train_only_gravity
-from ..status import CALIBRATION_FILE
 from ..steps.states import save_gravity_state
 from ..steps.train import train_with_bar, training_arguments
 from .context import Context

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ...hub.file_names import RESULTS_FILE
 from ..steps.output import (
     is_saved,
     nothing_left_if_refused,
@@ -17,7 +18,7 @@ from ..steps.runner import choose_device
 from ..steps.work import Step, WorkFolder, read_record
 from .context import LoraContext
 from .settings import LoraSettings
-from .steps import RESULTS_FILE, load, lora, save
+from .steps import load, lora, save
 
 _STEPS = (
     Step("load", load),

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config import GravityConfig
+from ...hub.card_public import is_local, public
+from ...hub.file_names import CALIBRATION_FILE, RESULTS_FILE
 from ...integration.calibration import calibrate
 from ...integration.patching import gravity_status, patch_with_gravity
 from ...training.conditions import run_conditions
@@ -13,14 +15,12 @@ from ...training.distributed import save_whole
 from ...training.files import write_json, write_text
 from ...training.lora import gravity_lora
 from ...training.optim import GravityTrainer
-from ..status import CALIBRATION_FILE
 from ..steps.batches import batches_of, held_out_loss
 from ..steps.output import new_contents, publish
 from ..steps.states import save_gravity_state
 from ..steps.train import train_with_bar, training_arguments
 from .context import LoraContext
 
-RESULTS_FILE = "results.json"
 _MEASURED_ROWS = 64
 
 
@@ -89,7 +89,11 @@ def save(context: LoraContext, folder: Path) -> dict[str, Any]:
     results = {
         "format": 1,
         "settings": context.settings.to_dict(),
-        "model": context.result("load"),
+        "model": {
+            **(context.result("load") or {}),
+            "local": is_local(context.settings.run.model),
+            "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
+        },
         "training": context.result("lora"),
         "evaluation": _measure(context, model),
         "conditions": {
@@ -98,7 +102,7 @@ def save(context: LoraContext, folder: Path) -> dict[str, Any]:
             "processes": context.processes.num_processes,
         },
     }
-    write_json(new / RESULTS_FILE, results)
+    write_json(new / RESULTS_FILE, public(results))
     return publish(context, new, ("save",))
 
 
