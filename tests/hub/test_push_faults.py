@@ -13,10 +13,11 @@ from ecosystem.folders import byte_decoder
 from hub.conftest import Waits
 from hub.loopback import READER, LoopbackHub
 from hub.loopback_faults import Fault
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 
 from gravity_hf import push_gravity_model
 from gravity_hf.hub import retry
+from gravity_hf.hub.repository import open_repository
 from gravity_hf.training.files import write_text
 
 COMMIT = "POST /api/models/me/x/commit/"
@@ -143,6 +144,19 @@ def test_a_branch_that_was_there_stays(hub: LoopbackHub, waits: Waits, export: P
     with pytest.raises(ConnectionError):
         push(export, revision="soft", tags=["more"])
     assert hub.repo("me/x").oid("soft") == before
+
+
+def test_a_new_branch_that_somebody_has_pushed_to_is_not_deleted(
+    hub: LoopbackHub, waits: Waits, export: Path
+) -> None:
+    push(export)
+    repository = open_repository(HfApi(), "me/x", private=None, token=None)
+    start = repository.head(None)
+    repository.create_branch("soft", start)
+    push(export, revision="soft", tags=["theirs"])
+    theirs = hub.repo("me/x").oid("soft")
+    repository.drop_branch("soft", start)
+    assert hub.repo("me/x").oid("soft") == theirs != start
 
 
 def test_waiting_is_announced_and_grows(
