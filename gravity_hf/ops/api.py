@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checks import check_call
 from .chunked import gravity_attention_chunked
+from .curvature import Curvature
 from .cutoff import Cutoff
 from .flex import flex_refusal, gravity_attention_flex
 from .ranges import ranges_from_cu_seqlens
@@ -30,7 +31,9 @@ def gravity_attention(
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
+    curvature: Curvature | None = None,
     max_force: float | None = None,
+    force_cap: str = "clamp",
     inverse_distance: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -59,8 +62,8 @@ def gravity_attention(
             None with `inverse_distance`.
         v: values `[B, Hkv, Tk, Dv]`.
         mass: `M` `[H]`, not negative.
-        eps: softening in units of squared distance, a number or `[H]`; positive. None with
-            `inverse_distance`.
+        eps: softening in units of squared distance, a number or `[H]`; positive, or with a
+            curvature not negative. None with `inverse_distance`.
         law: `"force"` or `"power"`.
         key_radius_sq: `R^2` `[Hkv]`. Given: lifted keys, `kappa_j = R^2`. Absent: `kappa_j =
             |k_j|^2`.
@@ -69,9 +72,15 @@ def gravity_attention(
         head_bias: `beta` `[H]`, added to the force before the tokens' masses; force law only.
         repulsive: the force is `-M^2 / (d^2 + eps)`: what is near is avoided. Force law only.
         cutoff: a radius per head; see `gravity_hf.ops.cutoff.Cutoff`.
-        max_force: a ceiling of the score, before cutoff and mask; force law only.
-        inverse_distance: `[Tq, Tk]`, takes the place of `1 / (d^2 + eps)` for all batch entries and
-            heads; force law only. Gradients reach it.
+        curvature: of the space that q and k are positions in: `D(d^2)` takes the place of `d^2`
+            before `eps` is added; see `gravity_hf.ops.curvature.Curvature`. Not beside lifted keys,
+            a cutoff, a softcap, sinks or `inverse_distance`.
+        max_force: a ceiling `c` of the score, before cutoff and mask; force law only.
+        force_cap: what `max_force` does: `"clamp"`, `min(score, c)`, or `"tanh"`,
+            `c tanh(score / c)`, which has a slope everywhere and needs `c > 0`.
+        inverse_distance: takes the place of `1 / (d^2 + eps)`: `[Tq, Tk]`, for all batch entries
+            and heads, or `[B, 1, Tq, Tk]`, for all heads. Positive under the power law. Gradients
+            reach it.
         softcap: `c`, in nats. A score departs by less than `c` from the neutral score of its pair,
             `n_ij`, which is that of a key at a right angle to the query, `q_i.k_j = 0`: `n_ij + c
             tanh((score_ij - n_ij) / c)`, before the mask. As eps grows this becomes a host's `c
@@ -113,7 +122,9 @@ def gravity_attention(
         "head_bias": head_bias,
         "repulsive": repulsive,
         "cutoff": cutoff,
+        "curvature": curvature,
         "max_force": max_force,
+        "force_cap": force_cap,
         "inverse_distance": inverse_distance,
         "softcap": softcap,
         "sinks": sinks,
@@ -127,18 +138,18 @@ def gravity_attention(
     check_call(q, k, v, mass, options, cu_seqlens, impl)
     if cu_seqlens is not None:
         options["key_ranges"] = ranges_from_cu_seqlens(cu_seqlens, v.shape[2])
+    if impl == "auto":
+        impl = choose_implementation(q, k, v, mass, options)
+    if impl == "chunked":
+        return gravity_attention_chunked(q, k, v, mass, **options)
     if eps is not None and not isinstance(eps, Tensor):
         dtype = compute_dtype(v.dtype)
         options["eps"] = torch.full(mass.shape, eps, dtype=dtype, device=mass.device)
-    if impl == "auto":
-        impl = choose_implementation(q, k, v, mass, options)
     if impl == "reference":
         return gravity_attention_reference(q, k, v, mass, **options).output
     if impl == "flex":
         return gravity_attention_flex(q, k, v, mass, **options)
-    if impl == "triton":
-        return _triton(q, k, v, mass, options)
-    return gravity_attention_chunked(q, k, v, mass, **options)
+    return _triton(q, k, v, mass, options)
 
 
 def choose_implementation(

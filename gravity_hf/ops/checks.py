@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..config import IMPLEMENTATIONS, LAWS
+from .curvature import Curvature
 from .cutoff import Cutoff
 
 # Terms that have no meaning under the power law; under it the queries' masses would cancel.
-_FORCE_ONLY = ("query_mass", "head_bias", "repulsive", "max_force", "inverse_distance")
+_FORCE_ONLY = ("query_mass", "head_bias", "repulsive", "max_force")
+FORCE_CAPS = ("clamp", "tanh")
 # What a patched host never has; beside it a neutral score or a key at the origin is not defined.
 _WITHOUT_HOST_TERMS = (
     "query_mass",
@@ -25,6 +27,7 @@ _WITHOUT_HOST_TERMS = (
     "head_bias",
     "repulsive",
     "cutoff",
+    "curvature",
     "max_force",
     "inverse_distance",
     "exclude_self",
@@ -55,7 +58,7 @@ def check_call(
     _expect(impl in IMPLEMENTATIONS, "impl", f"one of {list(IMPLEMENTATIONS)}", impl)
     _expect(0.0 <= dropout_p < 1.0, "dropout_p", "a number in [0, 1)", dropout_p)
     if options["inverse_distance"] is None:
-        sizes = _check_vectors(q, k, v, mass, options["eps"])
+        sizes = _check_vectors(q, k, v, mass, options)
     else:
         sizes = _check_table(q, k, v, mass, options)
     _check_terms(sizes, options)
@@ -69,7 +72,7 @@ def check_call(
 
 
 def _check_vectors(
-    q: Tensor | None, k: Tensor | None, v: Tensor, mass: Tensor, eps: float | Tensor | None
+    q: Tensor | None, k: Tensor | None, v: Tensor, mass: Tensor, options: Mapping[str, Any]
 ) -> _Sizes:
     if q is None or k is None:
         got = "None: give q and k, or inverse_distance instead of both"
@@ -86,17 +89,21 @@ def _check_vectors(
     if not fits:
         _refuse("v", f"[{batch}, {kv_heads}, {keys}, Dv]", tuple(v.shape))
     _expect(mass.shape == (heads,), "mass", f"[{heads}]", tuple(mass.shape))
+    eps = options["eps"]
     if isinstance(eps, Tensor):
         _expect(eps.shape == (heads,), "eps", f"a number or [H] = [{heads}]", tuple(eps.shape))
-    else:
+    elif options["curvature"] is None:
         _expect(eps is not None and eps > 0, "eps", "a positive number or [H]", eps)
+    else:
+        _expect(eps is not None and eps >= 0, "eps", "a number >= 0 or [H]", eps)
     return _Sizes(batch, heads, kv_heads, queries, keys)
 
 
 def _check_table(
     q: Tensor | None, k: Tensor | None, v: Tensor, mass: Tensor, options: Mapping[str, Any]
 ) -> _Sizes:
-    distance = {"q": q, "k": k, **{x: options[x] for x in ("eps", "key_radius_sq", "cutoff")}}
+    names = ("eps", "key_radius_sq", "cutoff", "curvature")
+    distance = {"q": q, "k": k, **{x: options[x] for x in names}}
     for name, value in distance.items():
         _expect(value is None, name, "None beside inverse_distance, which replaces it", value)
     _expect_values("v", v)
@@ -104,11 +111,15 @@ def _check_table(
     fits = mass.dim() == 1 and mass.shape[0] % kv_heads == 0
     _expect(fits, "mass", f"[H], H a multiple of v's {kv_heads} heads", tuple(mass.shape))
     table = options["inverse_distance"]
-    fits = table.dim() == 2 and table.shape[1] == keys and table.is_floating_point()
+    fits = table.is_floating_point() and (table.dim() == 2 or table.dim() == 4)
+    fits = fits and table.shape[-1] == keys
+    if fits and table.dim() == 4:
+        fits = table.shape[1] == 1 and (table.shape[0] == batch or table.shape[0] == 1)
     if not fits:
         got = f"{table.dtype} {tuple(table.shape)}"
-        _refuse("inverse_distance", f"a floating [Tq, {keys}]", got)
-    return _Sizes(batch, mass.shape[0], kv_heads, table.shape[0], keys)
+        expected = f"a floating [Tq, {keys}] or [{batch}, 1, Tq, {keys}]"
+        _refuse("inverse_distance", expected, got)
+    return _Sizes(batch, mass.shape[0], kv_heads, table.shape[-2], keys)
 
 
 def _check_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
@@ -131,6 +142,11 @@ def _check_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
     if limit is not None:
         finite = not isinstance(limit, bool) and -math.inf < limit < math.inf
         _expect(finite, "max_force", "a finite number", limit)
+    cap = options["force_cap"]
+    _expect(cap in FORCE_CAPS, "force_cap", f"one of {list(FORCE_CAPS)}", cap)
+    if cap == "tanh" and limit is not None:
+        _expect(limit > 0, "max_force", "a number > 0 beside force_cap='tanh'", limit)
+    _check_curvature(options)
     cutoff = options["cutoff"]
     if cutoff is not None:
         _expect(isinstance(cutoff, Cutoff), "cutoff", "a gravity_hf.ops.cutoff.Cutoff", cutoff)
@@ -138,6 +154,17 @@ def _check_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
         _expect(shape == per_head, "cutoff.radius", f"[{sizes.heads}]", shape)
         fits = cutoff.kind != "soft" or options["law"] == "force"
         _expect(fits, "cutoff", "kind 'hard' or 'log' under law='power'", cutoff.kind)
+
+
+def _check_curvature(options: Mapping[str, Any]) -> None:
+    curvature = options["curvature"]
+    if curvature is None:
+        return
+    fits = isinstance(curvature, Curvature)
+    _expect(fits, "curvature", "a gravity_hf.ops.curvature.Curvature", curvature)
+    for name in ("key_radius_sq", "cutoff"):
+        value = options[name]
+        _expect(value is None, name, "None beside curvature, which bends distances", value)
 
 
 def _check_host_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from . import registry  # noqa: F401  (registers torch.ops.gravity_hf.attention)
 from .blockwise import attention_forward
+from .curvature import Curvature
 from .cutoff import Cutoff
 from .problem import DecodingProblem
 from .reference import compute_dtype
+from .shared_op import shared_attention
 
 # Up to this many queries per key head, reading the keys costs more than the scores do, and
 # augmenting them (a second copy of the key cache) would double the time of a generated token.
@@ -29,7 +31,7 @@ def gravity_attention_chunked(
     v: Tensor,
     mass: Tensor,
     *,
-    eps: Tensor | None,
+    eps: float | Tensor | None,
     law: str = "force",
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
@@ -37,7 +39,9 @@ def gravity_attention_chunked(
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
+    curvature: Curvature | None = None,
     max_force: float | None = None,
+    force_cap: str = "clamp",
     inverse_distance: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -54,6 +58,17 @@ def gravity_attention_chunked(
     floating tensor, a float mask and the cutoff's radius included.
     """
     dtype, out_dtype = compute_dtype(v.dtype), v.dtype
+    plain = head_bias is None and cutoff is None and softcap is None and sinks is None
+    plain = plain and key_radius_sq is None and dropout_p == 0
+    plain = plain and not (mask is not None and mask.requires_grad)
+    if plain and (inverse_distance is not None or _share_distances(q, k, eps, curvature)):
+        distance = (q, k, eps, curvature, inverse_distance)
+        masses = (mass, query_mass, key_mass, repulsive)
+        seen = (mask, key_ranges, causal, window, exclude_self)
+        output = _shared(v.to(dtype), law, distance, masses, seen, max_force, force_cap)
+        return output.to(out_dtype)
+    if eps is not None and not isinstance(eps, Tensor):
+        eps = torch.full(mass.shape, eps, dtype=dtype, device=mass.device)
     radius = None if cutoff is None else cutoff.radius
     tensors = (q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias)
     q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias, radius, table = (
@@ -70,15 +85,17 @@ def gravity_attention_chunked(
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
     fade = (None, 1.0) if cutoff is None else (cutoff.kind, cutoff.width)
 
+    table = table[None, None] if table is not None and table.dim() == 2 else table
+    bent = (None, 1.0) if curvature is None else (curvature.kappa, curvature.horizon)
     sink = None
     if sinks is not None:
         sink = _sink_score(_query_term(q, k, eps, key_radius_sq), strength, law, sinks.to(dtype))
     floating = (v, strength, eps, offset, key_term, radius_sq, table, sink, mask)
     rules = (law, causal, window, exclude_self, *fade, max_force, dropout_p)
-    rules = (*rules, softcap, key_radius_sq is not None)
+    rules = (*rules, softcap, key_radius_sq is not None, *bent, force_cap == "tanh")
     arguments = (*floating, key_ranges, seed, *rules)
-    # A cutoff needs the distance without eps.
-    softening = eps if cutoff is None else None
+    # A cutoff and a curvature need the distance without eps.
+    softening = eps if cutoff is None and curvature is None else None
     if q is None:
         output = torch.ops.gravity_hf.attention(None, None, *arguments)
     elif _is_decoding(q, k, *arguments):
@@ -94,11 +111,83 @@ def gravity_attention_chunked(
     return output.to(out_dtype)
 
 
+def _share_distances(
+    q: Tensor, k: Tensor, eps: float | Tensor | None, curvature: Curvature | None
+) -> bool:
+    """Whether all heads have the same positions, in the same memory."""
+    if isinstance(eps, Tensor):
+        return False
+    alone = curvature is not None and q.shape[1] == 1
+    return alone or (_is_expanded(q, 1) and _is_expanded(k, 1))
+
+
+def _is_expanded(x: Tensor, dim: int) -> bool:
+    # A leaf has a gradient for each entry, whatever memory they share.
+    own_gradient = torch.is_grad_enabled() and x.is_leaf and x.requires_grad
+    return x.stride(dim) == 0 and not own_gradient
+
+
+class _Once(torch.autograd.Function):
+    """`[b, T, D]` of an expanded `[B, H, T, D]`, b 1 if batch entries share memory, too. Its
+    gradient is spread over what shared it, whose sum is what reaches the tensor behind: no memory
+    for each of them."""
+
+    @staticmethod
+    def forward(x: Tensor, one: bool) -> Tensor:
+        return (x[:1, 0] if one else x[:, 0]).clone()
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor):
+        ctx.lead = inputs[0].shape[:2]
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        batch, heads = ctx.lead
+        share = batch * heads // grad.shape[0]
+        return (grad / share)[:, None].expand(batch, heads, -1, -1), None
+
+
+def _shared(
+    v: Tensor,
+    law: str,
+    distance: tuple,
+    masses: tuple,
+    seen: tuple,
+    max_force: float | None,
+    force_cap: str,
+) -> Tensor:
+    """The path of calls whose heads share one distance; tensors in their own dtypes but `v`."""
+    q, k, eps, curvature, table = distance
+    mass, query_mass, key_mass, repulsive = masses
+    mask, key_ranges, causal, window, exclude_self = seen
+    dtype = v.dtype
+    strength = mass.to(dtype).square()
+    strength = (-strength if repulsive else strength)[None, :, None]
+    if query_mass is not None:
+        strength = strength * query_mass.to(dtype)
+    key_term = None if key_mass is None else key_mass.to(dtype)
+    if key_term is not None and law == "power":
+        key_term = key_term.log()
+    if table is None:
+        q, k = augment(*(_Once.apply(x, _is_expanded(x, 0)).to(dtype) for x in (q, k)), None, None)
+        batch = max(q.shape[0], k.shape[0])
+        q, k = (x.expand(batch, -1, -1) for x in (q, k))
+    else:
+        table = table.to(dtype)
+        table = table[None, None] if table.dim() == 2 else table
+    bent = (None, 1.0) if curvature is None else (curvature.kappa, curvature.horizon)
+    rules = (law, causal, window, exclude_self, max_force, force_cap == "tanh")
+    eps = 0.0 if eps is None else float(eps)
+    return shared_attention(
+        q, k, v, strength, key_term, table, mask, key_ranges, *rules, eps, *bent
+    )
+
+
 def augment(
     q: Tensor, k: Tensor, eps: Tensor | None, key_radius_sq: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`q'` `[B, H, Tq, E]` and `k'` `[B, Hkv, Tk, E]` with `q'.k' = d^2 + eps` (`d^2` without
-    eps), not clamped.
+    eps), not clamped. Leading dimensions are those of `q` and `k`.
 
     `E` is `D + 2`, or `D + 1` with lifted keys, whose `R^2` is the same for all keys of a row.
     """

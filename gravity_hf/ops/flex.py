@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .curvature import Curvature
 from .cutoff import Cutoff
+from .flex_blocks import block_mask
 from .reference import split_mask
+
+# What a table's queries and keys, which nobody reads, are wide: the least that products take.
+_UNREAD = 16
 
 # Terms that this implementation does not have, by the value that leaves each out.
 _ABSENT = {
     "head_bias": None,
     "repulsive": False,
     "cutoff": None,
-    "max_force": None,
-    "inverse_distance": None,
     "softcap": None,
     "sinks": None,
     "window": None,
-    "key_ranges": None,
     "exclude_self": False,
 }
 
@@ -47,7 +50,9 @@ def gravity_attention_flex(
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
+    curvature: Curvature | None = None,
     max_force: float | None = None,
+    force_cap: str = "clamp",
     inverse_distance: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -66,7 +71,6 @@ def gravity_attention_flex(
     Raises:
         ValueError: what `flex_refusal` says.
     """
-    tensors = (q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, mask)
     options = {
         "eps": eps,
         "key_radius_sq": key_radius_sq,
@@ -75,13 +79,11 @@ def gravity_attention_flex(
         "head_bias": head_bias,
         "repulsive": repulsive,
         "cutoff": cutoff,
-        "max_force": max_force,
         "inverse_distance": inverse_distance,
         "softcap": softcap,
         "sinks": sinks,
         "mask": mask,
         "window": window,
-        "key_ranges": key_ranges,
         "exclude_self": exclude_self,
         "dropout_p": dropout_p,
     }
@@ -89,14 +91,15 @@ def gravity_attention_flex(
     if refusal is not None:
         raise ValueError(f"gravity_attention: impl='flex' expects {refusal}, or use impl='chunked'")
     # Under no_grad the leaves still say requires_grad, which FlexAttention refuses on a CPU.
-    q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, mask = (
+    tensors = (q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, inverse_distance, mask)
+    q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, table, mask = (
         None if x is None else x.detach() for x in tensors
     )
-    query_term = q.float().square().sum(-1)
-    if key_radius_sq is None:
-        key_term = k.float().square().sum(-1)
-    else:
-        key_term = key_radius_sq.float()[None, :, None].expand(k.shape[:3]).contiguous()
+    if table is not None:
+        table = table.float()[(None,) * (4 - table.dim())]
+        table = table.log() if law == "power" else table
+        q = v.new_zeros(v.shape[0], mass.shape[0], table.shape[2], _UNREAD)
+        k = v.new_zeros(*v.shape[:3], _UNREAD)
     strength = mass.float().square()[None, :, None].expand(q.shape[:3])
     if query_mass is not None:
         strength = strength * query_mass.float()
@@ -107,28 +110,29 @@ def gravity_attention_flex(
         allowed = allowed[(None,) * (4 - mask.dim())]
     if bias is not None:
         bias = bias.float()[(None,) * (4 - mask.dim())]
-    block_mask = _causal_blocks(q.shape[2], k.shape[2], q.device) if causal else None
-    q, k, v, strength = (x.contiguous() for x in (q, k, v, strength))
+    terms = _Terms(
+        strength.contiguous(),
+        key_mass,
+        None if table is not None else _distance(q, k, eps, key_radius_sq, curvature),
+        table,
+        law,
+        max_force,
+        force_cap,
+        allowed,
+        bias,
+    )
+    blocks = block_mask(q.shape[2], k.shape[2], causal, key_ranges, q.device)
+    # Positions are the same for all heads or batch entries; to write them out would multiply them.
+    q, k, v = (x if 0 in x.stride() else x.contiguous() for x in (q, k, v))
     if q.device.type != "cpu":
         # Lengths may vary without compiling again; torch fails on varying head counts and widths.
         for x in (q, k, v):
             torch._dynamo.mark_static(x, [1, 3])
-        for x in (query_term, key_term, strength):
-            torch._dynamo.mark_static(x, 1)
-    return _runner(q.device.type)(
-        q,
-        k,
-        v,
-        query_term,
-        key_term,
-        strength,
-        eps.float(),
-        law,
-        key_mass,
-        allowed,
-        bias,
-        block_mask,
-    )
+        torch._dynamo.mark_static(terms.strength, 1)
+        if terms.distance is not None:
+            for x in terms.distance[:2]:
+                torch._dynamo.mark_static(x, 1)
+    return _runner(q.device.type)(q, k, v, terms, blocks)
 
 
 def flex_refusal(
@@ -146,36 +150,94 @@ def flex_refusal(
         return f"dropout_p = 0, got {options['dropout_p']}: call it with dropout_p=0"
     if v.dtype == torch.float64:
         return "float32, bfloat16 or float16, got torch.float64: convert the inputs"
-    if q is None or k is None or 0 in (*q.shape, *k.shape):
-        shapes = [None if x is None else tuple(x.shape) for x in (q, k)]
-        return f"no empty dimension, got q {shapes[0]}, k {shapes[1]}"
+    table = options.get("inverse_distance")
+    sides = (q, k) if table is None else (v, table)
+    if any(x is None or 0 in x.shape for x in sides):
+        shapes = [None if x is None else tuple(x.shape) for x in sides]
+        names = "q {}, k {}" if table is None else "v {}, inverse_distance {}"
+        return f"no empty dimension, got {names.format(*shapes)}"
     return None
 
 
-def _score_mod(
-    query_term: Tensor,
-    key_term: Tensor,
-    strength: Tensor,
-    eps: Tensor,
-    law: str,
-    key_mass: Tensor | None,
-    allowed: Tensor | None,
-    bias: Tensor | None,
-) -> Callable[..., Tensor]:
-    """`q.k` to score. Captured tensors: per query `[B, H, Tq]`, per key `[B, Hkv, Tk]`."""
+class _Distance(NamedTuple):
+    """Of `|q_i|^2` `[B, H, Tq]` and `kappa_j` `[B, Hkv, Tk]` to a softened, maybe curved distance.
+    `eps`, and the curvature's two numbers where there is one: `[H]`; numbers of Python would be
+    compiled in."""
+
+    query_term: Tensor
+    key_term: Tensor
+    eps: Tensor
+    kappa: Tensor | None
+    horizon: Tensor | None
+
+
+class _Terms(NamedTuple):
+    """What a score is made of: `strength` `[B, H, Tq]` with the queries' masses, `key_mass`
+    `[B, H, Tk]` (its logarithm under the power law), and a distance or a table `[B|1, 1, Tq, Tk]`
+    (likewise); masks `[B|1, H|1, Tq|1, Tk|1]`."""
+
+    strength: Tensor
+    key_mass: Tensor | None
+    distance: _Distance | None
+    table: Tensor | None
+    law: str
+    max_force: float | None
+    force_cap: str
+    allowed: Tensor | None
+    bias: Tensor | None
+
+
+def _distance(
+    q: Tensor, k: Tensor, eps: Tensor, key_radius_sq: Tensor | None, curvature: Curvature | None
+) -> _Distance:
+    eps = eps.float()
+    if key_radius_sq is None:
+        key_term = k.float().square().sum(-1)
+    else:
+        key_term = key_radius_sq.float()[None, :, None].expand(k.shape[:3]).contiguous()
+    bent: tuple[Tensor | None, ...] = (None, None)
+    if curvature is not None:
+        numbers = (float(curvature.kappa), float(curvature.horizon))
+        bent = tuple(torch.full_like(eps, number) for number in numbers)
+    return _Distance(q.float().square().sum(-1), key_term, eps, *bent)
+
+
+def _softened(distance: _Distance) -> Callable[..., Tensor]:
+    """`q.k` to the softened distance."""
+    query_term, key_term, eps, kappa, horizon = distance
     groups = query_term.shape[1] // key_term.shape[1]
 
-    def gravity(product: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def softened(product: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         distance_sq = query_term[b, h, i] + key_term[b, h // groups, j] - 2.0 * product
-        softened = torch.clamp(distance_sq, min=0.0) + eps[h]
-        if law == "power":
-            score = -strength[b, h, i] * torch.log(softened)
-            if key_mass is not None:
-                score = score + key_mass[b, h, j]
+        length = torch.clamp(distance_sq, min=0.0)
+        if kappa is not None:
+            bend = 1.0 + kappa[h] * torch.cos(torch.sqrt(length + horizon[h]))
+            length = torch.maximum(length * bend, horizon[h])
+        return length + eps[h]
+
+    return softened
+
+
+def _score_mod(terms: _Terms) -> Callable[..., Tensor]:
+    """`q.k` to score."""
+    strength, key_mass, distance, table, law, max_force, force_cap, allowed, bias = terms
+    softened = None if distance is None else _softened(distance)
+
+    def gravity(product: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softened is None:
+            score = strength[b, h, i] * _broadcast(table, b, h, i, j)
+        elif law == "power":
+            score = -strength[b, h, i] * torch.log(softened(product, b, h, i, j))
         else:
-            score = strength[b, h, i] / softened
-            if key_mass is not None:
-                score = score * key_mass[b, h, j]
+            score = strength[b, h, i] / softened(product, b, h, i, j)
+        if key_mass is not None and law == "power":
+            score = score + key_mass[b, h, j]
+        elif key_mass is not None:
+            score = score * key_mass[b, h, j]
+        if max_force is not None and force_cap == "tanh":
+            score = max_force * torch.tanh(score / max_force)
+        elif max_force is not None:
+            score = torch.clamp(score, max=max_force)
         if bias is not None:
             score = score + _broadcast(bias, b, h, i, j)
         if allowed is not None:
@@ -200,10 +262,7 @@ def _runner(device_type: str) -> Callable[..., Tensor]:
     """Imported and compiled on first use: importing the package must not start a compiler."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, query_term: Tensor, key_term: Tensor, *rest: object
-    ) -> Tensor:
-        *score, block_mask = rest
+    def run(q: Tensor, k: Tensor, v: Tensor, terms: _Terms, blocks: object) -> Tensor:
         # Whatever the process allows for products, a distance needs all bits of float32.
         options: dict[str, object] = {}
         if q.is_cuda and q.dtype == torch.float32:
@@ -215,23 +274,11 @@ def _runner(device_type: str) -> Callable[..., Tensor]:
             q,
             k,
             v,
-            score_mod=_score_mod(query_term, key_term, *score),
-            block_mask=block_mask,
+            score_mod=_score_mod(terms),
+            block_mask=blocks,
             scale=1.0,
             enable_gqa=q.shape[1] != k.shape[1],
             kernel_options=options or None,
         )
 
     return run if device_type == "cpu" else torch.compile(run)
-
-
-@functools.lru_cache(maxsize=32)
-def _causal_blocks(queries: int, keys: int, device: torch.device) -> object:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    shift = keys - queries
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return j <= i + shift
-
-    return create_block_mask(visible, None, None, queries, keys, device=device)

@@ -54,6 +54,10 @@ class Intervals:
         return not self.causal and self.window is None and self.key_ranges is None
 
     @property
+    def only_causal(self) -> bool:
+        return self.causal and self.window is None and self.key_ranges is None
+
+    @property
     def _known(self) -> bool:
         """Whether the values of the ranges can be read without waiting for a device."""
         return self.key_ranges is not None and self.key_ranges.device.type == "cpu"

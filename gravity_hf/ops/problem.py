@@ -1,8 +1,8 @@
 """One call of the blockwise operator, and the parts of its tensors that belong to a block.
 
 `q'` `[B, H, Tq, E]` and `k'` `[B, N, Tk, E]` are queries and keys augmented so that their product
-is the softened squared distance, or with a cutoff, which needs it without eps, the squared distance
-itself (`chunked.augment`); the last column of `k'` is ones.
+is the softened squared distance, or with a cutoff or a curvature, which need it without eps, the
+squared distance itself (`chunked.augment`); the last column of `k'` is ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Block, Sizes, cut, iterate_blocks, mask_5d
+from .curvature import Curvature
 from .intervals import Intervals
 
 
@@ -25,9 +26,10 @@ class Problem:
     strength: `M^2`, negative where repulsive, times query masses where there are any,
     `[B|1, H, Tq|1]`. offset: the head's bias times query masses, shaped like strength. key_term:
     factor (force) or summand (power) of the score `[B, H, Tk]`. radius_sq: of the cutoff, `[H]`.
-    table: inverse squared distances `[Tq, Tk]`. sink: the sink's score `[B, H, Tq]`. seed: int64
-    `[1]`, of the dropout. cutoff: its kind. lifted: whether keys are, which only a soft cap asks.
-    The rest as in `api.gravity_attention`.
+    table: inverse squared distances `[B|1, 1, Tq, Tk]`. sink: the sink's score `[B, H, Tq]`. seed:
+    int64 `[1]`, of the dropout. cutoff: its kind. lifted: whether keys are, which only a soft cap
+    asks. curvature_kappa, horizon: of a curvature, if the first is given. smooth_cap: `max_force`
+    caps with a tanh. The rest as in `api.gravity_attention`.
     """
 
     q: Tensor | None
@@ -53,11 +55,19 @@ class Problem:
     dropout_p: float
     softcap: float | None
     lifted: bool
+    curvature_kappa: float | None
+    horizon: float
+    smooth_cap: bool
+
+    @property
+    def curvature(self) -> Curvature | None:
+        kappa = self.curvature_kappa
+        return None if kappa is None else Curvature(kappa, self.horizon)
 
     @property
     def sizes(self) -> Sizes:
         batch, key_heads, keys, _ = self.v.shape
-        queries = self.table.shape[0] if self.q is None else self.q.shape[2]
+        queries = self.table.shape[2] if self.q is None else self.q.shape[2]
         return Sizes(batch, key_heads, self.strength.shape[1] // key_heads, queries, keys)
 
     def per_query(self, *width: int) -> Tensor:
@@ -84,6 +94,11 @@ class Problem:
     def heads_of(self, tensor: Tensor, block: Block) -> Tensor:
         """The part of a per-head tensor `[H]`: `[1, n, G, 1, 1]`."""
         return tensor.view(1, *self.sizes[1:3], 1, 1)[:, block.heads]
+
+    def table_of(self, tensor: Tensor, block: Block) -> Tensor:
+        """The part of a tensor like the table, `[B|1, 1, Tq, Tk]`: `[b|1, 1, 1, rows, keys]`."""
+        part = cut(tensor, block.batch, slice(None), block.rows, block.window.keys)
+        return part.unsqueeze(2)
 
     def own_pairs(self, scores: Tensor, block: Block) -> Tensor:
         """A view of the scores of the block's queries with the keys at their own positions."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .curvature import Curvature
 from .cutoff import Cutoff
 
 # The score of a query's own key under `exclude_self`: no weight beside any other key that it sees,
@@ -52,23 +53,24 @@ def gravity_score(
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
+    curvature: Curvature | None = None,
     max_force: float | None = None,
+    force_cap: str = "clamp",
 ) -> Tensor:
     """The score before softmax, from squared distances `[B, H, Tq, Tk]` and per-head `[H]` terms.
 
     `"force"`: `(+-M^2 / (d^2 + eps) + beta) a_i b_j`, at most `max_force`; `"power"`:
-    `-M^2 ln(d^2 + eps) + ln b_j`; then the cutoff's term. What a hard cutoff hides is not hidden
-    here: that is `cutoff.hidden(distance_sq)`.
+    `-M^2 ln(d^2 + eps) + ln b_j`; then the cutoff's term. A curvature's distance takes the place of
+    `d^2`. What a hard cutoff hides is not hidden here: that is `cutoff.hidden(distance_sq)`.
     """
-    softened = distance_sq + eps[:, None, None]
-    strength = mass.square()[:, None, None]
+    distance = distance_sq if curvature is None else curvature.distance(distance_sq)
+    softened = distance + eps[:, None, None]
     if law == "power":
-        score = -strength * softened.log()
-        if key_mass is not None:
-            score = score + key_mass.log().unsqueeze(-2)
+        score = power_score(-softened.log(), mass, key_mass)
     else:
+        strength = mass.square()[:, None, None]
         base = (-strength if repulsive else strength) / softened
-        score = force_score(base, query_mass, key_mass, head_bias, max_force)
+        score = force_score(base, query_mass, key_mass, head_bias, max_force, force_cap)
     return score if cutoff is None else cutoff.apply(score, distance_sq)
 
 
@@ -78,8 +80,10 @@ def force_score(
     key_mass: Tensor | None,
     head_bias: Tensor | None,
     max_force: float | None,
+    force_cap: str = "clamp",
 ) -> Tensor:
-    """`min((base_ij + beta) a_i b_j, max_force)`, `base` `[B, H, Tq, Tk]`."""
+    """`min((base_ij + beta) a_i b_j, max_force)`, `base` `[B, H, Tq, Tk]`; with `force_cap`
+    `"tanh"` it is `c tanh(... / c)`, `c` the `max_force`."""
     score = base
     if head_bias is not None:
         score = score + head_bias[:, None, None]
@@ -87,7 +91,17 @@ def force_score(
         score = score * query_mass.unsqueeze(-1)
     if key_mass is not None:
         score = score * key_mass.unsqueeze(-2)
-    return score if max_force is None else score.clamp(max=max_force)
+    if max_force is None:
+        return score
+    if force_cap == "tanh":
+        return max_force * torch.tanh(score / max_force)
+    return score.clamp(max=max_force)
+
+
+def power_score(log_inverse: Tensor, mass: Tensor, key_mass: Tensor | None) -> Tensor:
+    """`M^2 ln r_ij + ln b_j`, `r = 1 / (d^2 + eps)`; `log_inverse` is `ln r` `[B, H, Tq, Tk]`."""
+    score = mass.square()[:, None, None] * log_inverse
+    return score if key_mass is None else score + key_mass.log().unsqueeze(-2)
 
 
 def neutral_distance(q: Tensor, k: Tensor, key_radius_sq: Tensor | None = None) -> Tensor:
@@ -167,7 +181,9 @@ def gravity_attention_reference(
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
+    curvature: Curvature | None = None,
     max_force: float | None = None,
+    force_cap: str = "clamp",
     inverse_distance: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -196,10 +212,13 @@ def gravity_attention_reference(
     with torch.autocast(v.device.type, enabled=False):
         hidden = None
         if inverse_distance is not None:
-            strength = mass.square()[:, None, None]
-            base = (-strength if repulsive else strength) * inverse_distance
-            base = base.expand(v.shape[0], *base.shape)
-            score = force_score(base, query_mass, key_mass, head_bias, max_force)
+            table = inverse_distance.expand(*v.shape[:2], *inverse_distance.shape[-2:])
+            if law == "power":
+                score = power_score(table.log(), mass, key_mass)
+            else:
+                strength = mass.square()[:, None, None]
+                base = (-strength if repulsive else strength) * table
+                score = force_score(base, query_mass, key_mass, head_bias, max_force, force_cap)
         else:
             if key_radius_sq is not None:
                 key_radius_sq = key_radius_sq.repeat_interleave(groups)
@@ -215,7 +234,9 @@ def gravity_attention_reference(
                 head_bias=head_bias,
                 repulsive=repulsive,
                 cutoff=cutoff,
+                curvature=curvature,
                 max_force=max_force,
+                force_cap=force_cap,
             )
             hidden = None if cutoff is None else cutoff.hidden(distance_sq)
             if softcap is not None:

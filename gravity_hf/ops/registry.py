@@ -18,7 +18,7 @@ _ARGUMENTS = (
     "Tensor? key_term, Tensor? radius_sq, Tensor? table, Tensor? sink, Tensor? mask, "
     "Tensor? key_ranges, Tensor? seed, str law, bool causal, int? window, bool exclude_self, "
     "str? cutoff, float cutoff_width, float? max_force, float dropout_p, float? softcap, "
-    "bool lifted"
+    "bool lifted, float? curvature_kappa, float horizon, bool smooth_cap"
 )
 _ALL = _ARGUMENTS.count(",") + 1
 _TENSORS = _ARGUMENTS.count("Tensor")
@@ -75,7 +75,7 @@ def _gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     return (*results, *[None] * (_ALL - _COUNT))
 
 
-def _no_second_gradient(*_: object) -> None:
+def no_second_gradient(*_: object) -> None:
     raise RuntimeError(
         "gravity_attention: expected one differentiation, got a second one; the chunked "
         "implementation has first derivatives only. Use impl='reference'."
@@ -83,4 +83,4 @@ def _no_second_gradient(*_: object) -> None:
 
 
 torch.library.register_autograd("gravity_hf::attention", _gradient, setup_context=_save)
-torch.library.register_autograd("gravity_hf::attention_backward", _no_second_gradient)
+torch.library.register_autograd("gravity_hf::attention_backward", no_second_gradient)

@@ -21,10 +21,11 @@ from .softcap import capped_scores
 class Scores:
     """A block's weights `[b, n, G, rows, keys]` after the softmax, and what its derivative needs.
 
-    softened: `d^2 + eps`, with `d^2` clamped. clamped: where it was negative. distance_sq: `d^2`.
-    capped: where the score exceeded `max_force`. bend: the `tanh` of a soft cap. uncut: scores
-    before a soft cutoff. dead: `[..., rows, 1]`, rows that see nothing; their weights are finite
-    and mean nothing. sink_weight: of the sink, `[..., rows, 1]`. What is not needed is None.
+    softened: `d^2 + eps`, with `d^2` clamped, or `D + eps`. clamped: where `d^2` was negative.
+    distance_sq: `d^2`. capped: where the score exceeded `max_force`, or the `tanh` of a smooth one.
+    bend: the `tanh` of a soft cap. uncut: scores before a soft cutoff. dead: `[..., rows, 1]`, rows
+    that see nothing; their weights are finite and mean nothing. sink_weight: of the sink,
+    `[..., rows, 1]`. What is not needed is None.
     """
 
     weights: Tensor
@@ -43,12 +44,15 @@ def block_scores(problem: Problem, block: Block, *, differentiable: bool) -> Sco
     softened = clamped = distance_sq = capped = uncut = bend = sink_weight = None
     if problem.table is None:
         softened = problem.product(block)
-        eps = problem.heads_of(problem.eps, block)
-        floor = eps if problem.cutoff is None else torch.zeros_like(eps)
-        clamped = _below(softened, floor) if differentiable else None
+        eps, curvature = problem.heads_of(problem.eps, block), problem.curvature
+        with_eps = problem.cutoff is None and curvature is None
+        floor = eps if with_eps else torch.zeros_like(eps)
+        # Under a curvature the slope of what will be clamped is 0.
+        clamped = _below(softened, floor) if differentiable and curvature is None else None
         torch.maximum(softened, floor, out=softened)
-        if problem.cutoff is not None:
-            distance_sq, softened = softened, softened + eps
+        if not with_eps:
+            distance_sq = softened
+            softened = (distance_sq if curvature is None else curvature.distance(distance_sq)) + eps
         score = torch.empty_like(softened) if differentiable else softened
     else:
         score = problem.v.new_empty(_shape(problem, block))
@@ -57,8 +61,7 @@ def block_scores(problem: Problem, block: Block, *, differentiable: bool) -> Sco
     else:
         bend = capped_scores(problem, block, softened, score)
     if problem.max_force is not None:
-        capped = score > problem.max_force if differentiable else None
-        score.clamp_(max=problem.max_force)
+        capped = _cap(problem, score, differentiable)
     if problem.cutoff == "soft":
         uncut = score.clone() if differentiable else None
         score.mul_(_soft_factor(problem, block, distance_sq))
@@ -87,7 +90,7 @@ def differentiate_scores(
     """
     outward = _through_cutoff(problem, block, scores, grad, grads)
     if scores.capped is not None:
-        grad.masked_fill_(scores.capped, 0.0)
+        _through_cap(problem, scores.capped, grad)
     strength = problem.rows_of(problem.strength, block).unsqueeze(-1)
     if problem.law == "power":
         _through_power(problem, block, scores, grad, grads)
@@ -96,6 +99,10 @@ def differentiate_scores(
     if problem.table is not None:
         return None
     turn, clamped = -strength, scores.clamped
+    if problem.curvature is not None:
+        _add_per_head(grads["eps"], block, problem, grad * turn)
+        grad.mul_(problem.curvature.slope(scores.distance_sq))
+        return turn
     if outward is None:
         # Where nothing is clamped, eps has its gradient from the product.
         if clamped is not None:
@@ -121,7 +128,7 @@ def _apply_law(problem: Problem, block: Block, softened: Tensor | None, out: Ten
     strength = problem.rows_of(problem.strength, block).unsqueeze(-1)
     key = None if problem.key_term is None else problem.key_columns(problem.key_term, block)
     if problem.law == "power":
-        torch.log(softened, out=out).mul_(-strength)
+        _logarithm(problem, block, softened, out).mul_(-strength)
         if key is not None:
             out.add_(key)
         return
@@ -135,11 +142,39 @@ def _unweighted(
 ) -> None:
     """The force before the key's mass, `strength / n + offset`, into `out`."""
     if softened is None:
-        torch.mul(strength, _table_of(problem.table, block).expand_as(out), out=out)
+        torch.mul(strength, problem.table_of(problem.table, block).expand_as(out), out=out)
     else:
         torch.div(strength, softened, out=out)
     if problem.offset is not None:
         out.add_(problem.rows_of(problem.offset, block).unsqueeze(-1))
+
+
+def _logarithm(problem: Problem, block: Block, softened: Tensor | None, out: Tensor) -> Tensor:
+    """Of the softened distance into `out`, which may be `softened`."""
+    if softened is not None:
+        return torch.log(softened, out=out)
+    table = problem.table_of(problem.table, block)
+    return out.copy_(table.log().neg_().expand_as(out))
+
+
+def _cap(problem: Problem, score: Tensor, differentiable: bool) -> Tensor | None:
+    """The ceiling, in place. Returns what `_through_cap` needs."""
+    limit = problem.max_force
+    if problem.smooth_cap:
+        bend = score.div_(limit).tanh_()
+        bend = bend.clone() if differentiable else None
+        score.mul_(limit)
+        return bend
+    capped = score > limit if differentiable else None
+    score.clamp_(max=limit)
+    return capped
+
+
+def _through_cap(problem: Problem, capped: Tensor, grad: Tensor) -> None:
+    if problem.smooth_cap:
+        grad.mul_(capped.square_().neg_().add_(1.0))
+    else:
+        grad.masked_fill_(capped, 0.0)
 
 
 def _hide(
@@ -201,13 +236,20 @@ def _through_cutoff(
 def _through_power(
     problem: Problem, block: Block, scores: Scores, grad: Tensor, grads: dict[str, Tensor]
 ) -> None:
-    """score = -strength ln(softened) + key; `grad` becomes dL/d(softened) over -strength."""
-    spare = scores.weights
-    torch.mul(torch.log(scores.softened, out=spare), grad, out=spare)
+    """score = -strength ln(softened) + key; `grad` becomes dL/d(softened) over -strength.
+
+    A table is one over the softened distance; its gradient is added here.
+    """
+    softened, spare = scores.softened, scores.weights
+    _logarithm(problem, block, softened, spare).mul_(grad)
     problem.rows_of(grads["strength"], block).copy_(spare.sum(-1).neg_())
     if problem.key_term is not None:
         problem.key_columns(grads["key_term"], block).add_(grad.sum(3, keepdim=True))
-    grad.div_(scores.softened)
+    if softened is None:
+        grad.mul_(problem.rows_of(problem.strength, block).unsqueeze(-1))
+        _add_to_table(problem, block, grad.div_(problem.table_of(problem.table, block)), grads)
+        return
+    grad.div_(softened)
 
 
 def _through_force(
@@ -232,17 +274,17 @@ def _through_force(
         problem.rows_of(grads["offset"], block).copy_(grad.sum(-1))
     strength_rows = problem.rows_of(grads["strength"], block)
     if softened is None:
-        torch.mul(grad, strength, out=spare)
-        _table_of(grads["table"], block).add_(spare.sum((0, 1, 2)))
-        strength_rows.copy_(grad.mul_(_table_of(problem.table, block)).sum(-1))
+        _add_to_table(problem, block, torch.mul(grad, strength, out=spare), grads)
+        strength_rows.copy_(grad.mul_(problem.table_of(problem.table, block)).sum(-1))
         return
     grad.div_(softened)
     strength_rows.copy_(grad.sum(-1))
     grad.div_(softened)
 
 
-def _table_of(table: Tensor, block: Block) -> Tensor:
-    return table[block.rows, block.window.keys]
+def _add_to_table(problem: Problem, block: Block, part: Tensor, grads: dict[str, Tensor]) -> None:
+    total = problem.table_of(grads["table"], block)
+    total.add_(part.sum_to_size(total.shape))
 
 
 def _add_per_head(total: Tensor, block: Block, problem: Problem, part: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gravity_hf.config import EPSILON_FLOOR
+from gravity_hf.ops.curvature import Curvature
 from gravity_hf.ops.cutoff import Cutoff
 from gravity_hf.ops.reference import gravity_attention_reference, squared_distance
 
@@ -31,6 +32,17 @@ TERMS = {
     ),
     "lgt": ({"table": True}, {"max_force": 2.0}),
     "table": ({"table": True, "head_bias": True}, {"repulsive": True, "exclude_self": True}),
+    "table-power": ({"table": True, "law": "power"}, {}),
+    "tanh": ({"head_bias": True}, {"max_force": 0.7, "force_cap": "tanh"}),
+    "lgt-tanh": ({"table": True}, {"max_force": 2.0, "force_cap": "tanh", "exclude_self": True}),
+    # About a third of the pairs of standard normal vectors have no more than the horizon.
+    "curved": ({}, {"curvature": Curvature(1.4, 0.5), "max_force": 1.5}),
+    "curved-power": ({"law": "power"}, {"curvature": Curvature(-0.8, 0.3)}),
+}
+# A table for each batch entry, as left padding makes it.
+BATCH_TERMS = {
+    "batch": ({"table": "batch", "head_bias": True}, {"max_force": 2.0}),
+    "batch-power": ({"table": "batch", "law": "power"}, {"exclude_self": True}),
 }
 
 
@@ -47,7 +59,7 @@ def make_inputs(
     token_masses: bool = False,
     head_bias: bool = False,
     radius: bool = False,
-    table: bool = False,
+    table: bool | str = False,
     sinks: str | None = None,
     law: str = "force",
     family: str = "random",
@@ -56,7 +68,8 @@ def make_inputs(
     """Arguments of the operator in float64; see `FAMILIES` for what is special about each.
 
     radius: of a cutoff, which leaves each head about half of the pairs; `run` takes its kind.
-    table: `inverse_distance` in the place of q, k, eps and key_radius_sq.
+    table: `inverse_distance` in the place of q, k, eps and key_radius_sq; "batch": one for each
+    batch entry.
     sinks: "head" or "row", of either shape; near the scores of keys, below and above.
     """
     g = torch.Generator().manual_seed(seed)
@@ -106,7 +119,8 @@ def make_inputs(
     if table:
         for name in ("q", "k", "eps", "key_radius_sq"):
             inputs.pop(name, None)
-        inputs["inverse_distance"] = 1 / (0.2 + normal(queries, keys).square())
+        lead = (batch, 1) if table == "batch" else ()
+        inputs["inverse_distance"] = 1 / (0.2 + normal(*lead, queries, keys).square())
     return inputs
 
 

@@ -4,7 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from gravity_hf.ops.triton.score import logarithm, power_of_two, reciprocal
+from gravity_hf.ops.triton.score import (
+    cosine,
+    logarithm,
+    power_of_two,
+    reciprocal,
+    sine,
+    square_root,
+)
 
 
 @triton.jit
@@ -15,6 +22,12 @@ def _evaluate(x, y, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
         value = reciprocal(value, True)
     elif FUNCTION == "power_of_two":
         value = power_of_two(value, True)
+    elif FUNCTION == "square_root":
+        value = square_root(value, True)
+    elif FUNCTION == "cosine":
+        value = cosine(value, True)
+    elif FUNCTION == "sine":
+        value = sine(value, True)
     else:
         value = logarithm(value, True)
     tl.store(y + at, value)

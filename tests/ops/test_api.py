@@ -10,7 +10,10 @@ import torch
 from ops.operator_cases import cast, make_inputs, run
 
 from gravity_hf.ops import api, gravity_attention
+from gravity_hf.ops.curvature import Curvature
 from gravity_hf.ops.cutoff import Cutoff
+
+CURVED = Curvature(0.15)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,21 @@ from gravity_hf.ops.cutoff import Cutoff
             {"cu_seqlens": torch.ones(3).int(), "key_ranges": torch.ones(1, 1, 2).int()},
             "cu_seqlens: expected no key_ranges beside it",
         ),
+        ({"eps": -1, "curvature": CURVED}, r"eps: expected a number >= 0 or \[H\], got -1"),
+        ({"curvature": 0.15}, "curvature: expected a gravity_hf.ops.curvature.Curvature, got 0.15"),
+        (
+            {"curvature": CURVED, "key_radius_sq": torch.ones(2)},
+            "key_radius_sq: expected None beside curvature",
+        ),
+        (
+            {"curvature": CURVED, "cutoff": Cutoff(torch.ones(4), "log")},
+            "cutoff: expected None beside curvature",
+        ),
+        ({"force_cap": "hard"}, r"force_cap: expected one of \['clamp', 'tanh'\], got hard"),
+        (
+            {"force_cap": "tanh", "max_force": 0.0},
+            "max_force: expected a number > 0 beside force_cap='tanh', got 0.0",
+        ),
         ({"inverse_distance": torch.ones(9, 11)}, "q: expected None beside inverse_distance"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -82,6 +100,7 @@ def test_refusals_name_what_was_expected_and_what_came(changes, message):
         {"head_bias": torch.ones(4)},
         {"repulsive": True},
         {"cutoff": Cutoff(torch.ones(4), "log")},
+        {"curvature": CURVED},
         {"max_force": 1.0},
         {"exclude_self": True},
         {"inverse_distance": torch.ones(9, 11), "q": None, "k": None, "eps": None},
@@ -101,7 +120,9 @@ def test_terms_of_patched_hosts_refuse_the_other_terms(other, host_term):
         ({"eps": 0.1}, "eps: expected None beside inverse_distance"),
         ({"key_radius_sq": torch.ones(2)}, "key_radius_sq: expected None beside inverse_distance"),
         ({"cutoff": Cutoff(torch.ones(4), "log")}, "cutoff: expected None beside"),
-        ({"law": "power"}, "inverse_distance: expected law='force'"),
+        ({"curvature": CURVED}, "curvature: expected None beside inverse_distance"),
+        ({"inverse_distance": torch.ones(2, 4, 9, 11)}, r"inverse_distance: .* \(2, 4, 9, 11\)"),
+        ({"inverse_distance": torch.ones(3, 1, 9, 11)}, r"inverse_distance: .*or \[2, 1, Tq, 11\]"),
         ({"inverse_distance": torch.ones(9, 10)}, r"inverse_distance: expected a floating"),
         ({"inverse_distance": torch.ones(9, 11).int()}, r"inverse_distance: expected a floating"),
         ({"mass": torch.ones(3)}, r"mass: expected \[H\], H a multiple of v's 2 heads"),
@@ -128,6 +149,21 @@ def test_refusals_with_a_table(changes, message):
 def test_refusals_of_a_cutoff(changes, message):
     with pytest.raises(ValueError, match=message):
         Cutoff(**{"radius": torch.ones(4), "kind": "hard", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kappa": float("inf")}, "Curvature.kappa: expected a finite number, got inf"),
+        ({"kappa": torch.ones(1)}, "Curvature.kappa: expected a finite number, got tensor"),
+        ({"horizon": 0.0}, "Curvature.horizon: expected a finite number > 0, got 0.0"),
+        ({"horizon": True}, "Curvature.horizon: expected a finite number > 0, got True"),
+    ],
+    ids=["inf", "tensor", "zero", "bool"],
+)
+def test_refusals_of_a_curvature(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Curvature(**{"kappa": 0.15, **changes})
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])

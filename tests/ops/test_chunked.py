@@ -229,13 +229,13 @@ def test_opcheck(law):
     tensors = [query, key, inputs["v"], strength, inputs["eps"], inputs["key_mass"], mask]
     *leaves, key_mass, mask = (x.detach().requires_grad_() for x in tensors)
     operator, seed = torch.ops.gravity_hf.attention.default, torch.tensor([3])
-    rules = (None, False, None, 1.0, None)
-    rest = (mask, None, None, law, True, *rules, 0.0, None, False)
+    rules, flat = (None, False, None, 1.0, None), (None, 1.0, False)
+    rest = (mask, None, None, law, True, *rules, 0.0, None, False, *flat)
     torch.library.opcheck(operator, (*leaves, None, key_mass, None, None, None, *rest))
-    rest = (*[None] * 7, seed, law, False, *rules, 0.5, None, False)
+    rest = (*[None] * 7, seed, law, False, *rules, 0.5, None, False, *flat)
     torch.library.opcheck(operator, (*leaves, *rest))
     sink = torch.randn(2, 4, 5).double().requires_grad_()
-    rest = (*[None] * 4, sink, None, None, None, law, True, *rules, 0.0, 2.0, False)
+    rest = (*[None] * 4, sink, None, None, None, law, True, *rules, 0.0, 2.0, False, *flat)
     torch.library.opcheck(operator, (*leaves, *rest))
 
 

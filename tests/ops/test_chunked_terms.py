@@ -8,6 +8,7 @@ from helpers import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.operator_cases import (
+    BATCH_TERMS,
     TERMS,
     cast,
     make_inputs,
@@ -24,7 +25,8 @@ from gravity_hf.ops.chunked import augment, gravity_attention_chunked
 from gravity_hf.ops.intervals import Intervals
 from gravity_hf.ops.reference import gravity_attention_reference
 
-ALL_TERMS = pytest.mark.parametrize("term", TERMS)
+CASES = {**TERMS, **BATCH_TERMS}
+ALL_TERMS = pytest.mark.parametrize("term", CASES)
 RULES = {
     "window": {"window": 3},
     "causal_window": {"window": 3, "causal": True},
@@ -57,7 +59,7 @@ def check(inputs, **options):
 @ALL_TERMS
 @pytest.mark.parametrize("token_masses", [False, True], ids=["plain", "token_masses"])
 def test_values_and_all_gradients_of_every_term(block_size, term, token_masses):
-    given, options = TERMS[term]
+    given, options = CASES[term]
     law = given.get("law", "force")
     for queries, keys in ((9, 11), (11, 9)):
         inputs = make_inputs(
@@ -75,7 +77,7 @@ def test_values_and_all_gradients_of_every_rule(block_size, law, rule):
 
 DRAWN = st.fixed_dictionaries(
     {
-        "term": st.sampled_from(sorted(TERMS)),
+        "term": st.sampled_from(sorted(CASES)),
         "queries": st.integers(1, 7),
         "keys": st.integers(1, 7),
         "lifted": st.booleans(),
@@ -96,12 +98,12 @@ DRAWN = st.fixed_dictionaries(
 @settings(max_examples=80)
 @given(drawn=DRAWN)
 def test_any_combination_equals_the_reference(drawn):
-    given, options = TERMS[drawn["term"]]
+    given, options = CASES[drawn["term"]]
     law, table = given.get("law", "force"), given.get("table", False)
     given = {
         "queries": drawn["queries"],
         "keys": drawn["keys"],
-        "lifted": drawn["lifted"] and not table,
+        "lifted": drawn["lifted"] and not table and "curvature" not in options,
         "token_masses": drawn["token_masses"],
         "seed": drawn["seed"],
         **given,
@@ -131,7 +133,7 @@ def test_any_combination_equals_the_reference(drawn):
 @ALL_TERMS
 def test_decoding_with_every_term(term):
     """Few queries and no gradient: keys are not augmented."""
-    given, options = TERMS[term]
+    given, options = CASES[term]
     inputs = make_inputs(queries=2, token_masses=True, **given)
     options = {**options, "law": given.get("law", "force"), "window": 4, "causal": True}
     options["key_ranges"] = padding_ranges(2, 11, "left")
@@ -145,7 +147,7 @@ def test_decoding_with_every_term(term):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_budget_of_every_term(term, dtype):
     """Against float64 on the rounded inputs; the peer is the reference in the same dtype."""
-    given, options = TERMS[term]
+    given, options = CASES[term]
     options = {**options, "law": given.get("law", "force"), "causal": True}
     truth, peer, actual = {}, {}, {}
     for seed in range(6):
@@ -227,10 +229,13 @@ def test_opcheck_of_the_terms():
     leaves = [x.detach().requires_grad_() for x in tensors]
     operator = torch.ops.gravity_hf.attention.default
     ranges = padding_ranges(2, 6, "left")
-    rules = ("force", True, 3, True, "hard", 2.0, 1.5, 0.0, None, False)
+    rules = ("force", True, 3, True, "hard", 2.0, 1.5, 0.0, None, False, 0.3, 1.0, True)
     torch.library.opcheck(operator, (*leaves, None, None, None, ranges, None, *rules))
-    table = make_inputs(queries=5, keys=6, table=True)["inverse_distance"].requires_grad_()
-    rules = ("force", False, None, False, None, 1.0, None, 0.5, None, False)
+    bent = ("force", True, None, False, None, 1.0, 1.5, 0.0, None, False, 0.3, 1.0, True)
+    arguments = (*leaves[:6], leaves[6], None, None, None, None, None, None)
+    torch.library.opcheck(operator, (*arguments, *bent))
+    table = make_inputs(queries=5, keys=6, table="batch")["inverse_distance"].requires_grad_()
+    rules = ("force", False, None, False, None, 1.0, None, 0.5, None, False, None, 1.0, False)
     arguments = (None, None, *leaves[2:4], None, None, None, None, table, None, None, None)
     torch.library.opcheck(operator, (*arguments, torch.tensor([3]), *rules))
 
@@ -238,7 +243,7 @@ def test_opcheck_of_the_terms():
 @pytest.mark.parametrize("term", ["soft", "hard-power", "ngt", "lgt"])
 def test_fullgraph_compile_equals_eager(term):
     torch._dynamo.reset()
-    given, options = TERMS[term]
+    given, options = CASES[term]
     inputs = make_inputs(batch=1, queries=12, keys=12, token_masses=True, **given)
     options = {**options, "law": given.get("law", "force"), "window": 5}
     options["key_ranges"] = packed_ranges(5, 7)
@@ -257,7 +262,7 @@ def test_fullgraph_compile_equals_eager(term):
 @ALL_TERMS
 def test_values_and_all_gradients_of_every_term_on_a_gpu(term):
     """There, the values of key ranges are not read to choose the keys."""
-    given, options = TERMS[term]
+    given, options = CASES[term]
     inputs = make_inputs(queries=11, keys=9, token_masses=True, **given)
     options = {**options, "law": given.get("law", "force"), "causal": True, "window": 6}
     ranges = padding_ranges(2, 9, "left")

@@ -5,7 +5,14 @@ import math
 
 import pytest
 import torch
-from ops.operator_cases import TERMS, make_inputs, packed_ranges, padding_ranges, run
+from ops.operator_cases import (
+    BATCH_TERMS,
+    TERMS,
+    make_inputs,
+    packed_ranges,
+    padding_ranges,
+    run,
+)
 
 from gravity_hf.ops.reference import gravity_attention_reference, gravity_score
 
@@ -21,22 +28,33 @@ def distance_by_hand(inputs, n, h, i, j):
     return max(sum(x * x for x in query) + inputs["key_radius_sq"][g].item() - 2 * dot, 0.0)
 
 
-def score_by_hand(inputs, n, h, i, j, law, *, repulsive=False, max_force=None, cutoff=None):
+def score_by_hand(
+    inputs, n, h, i, j, law, *, repulsive=False, max_force=None, force_cap="clamp", cutoff=None,
+    curvature=None,
+):  # fmt: skip
     """One scalar, from the law's text; None: a hard cutoff hides the pair."""
     a = inputs["query_mass"][n, h, i].item() if "query_mass" in inputs else 1.0
     b = inputs["key_mass"][n, h, j].item() if "key_mass" in inputs else 1.0
     strength, d2 = inputs["mass"][h].item() ** 2, None
     if "inverse_distance" not in inputs:
         d2 = distance_by_hand(inputs, n, h, i, j)
-        softened = d2 + inputs["eps"][h].item()
-    if law == "power":
-        score = -strength * math.log(softened) + math.log(b)
+        distance = d2
+        if curvature is not None:
+            angle = math.sqrt(d2 + curvature.horizon)
+            distance = max(d2 * (1 + curvature.kappa * math.cos(angle)), curvature.horizon)
+        inverse = 1 / (distance + inputs["eps"][h].item())
     else:
-        inverse = inputs["inverse_distance"][i, j].item() if d2 is None else 1 / softened
+        table = inputs["inverse_distance"]
+        inverse = (table[n, 0] if table.dim() == 4 else table)[i, j].item()
+    if law == "power":
+        score = strength * math.log(inverse) + math.log(b)
+    else:
         score = -strength * inverse if repulsive else strength * inverse
         score += inputs["head_bias"][h].item() if "head_bias" in inputs else 0.0
         score *= a * b
-        score = score if max_force is None else min(score, max_force)
+        if max_force is not None:
+            smooth = force_cap == "tanh"
+            score = max_force * math.tanh(score / max_force) if smooth else min(score, max_force)
     if cutoff is None:
         return score
     radius_sq = inputs["radius"][h].item() ** 2
@@ -116,7 +134,8 @@ def gradcheck(inputs, *, atol=1e-5, **options):
     torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs.values()], atol=atol)
 
 
-ALL_TERMS = pytest.mark.parametrize(("given", "options"), TERMS.values(), ids=TERMS)
+CASES = {**TERMS, **BATCH_TERMS}
+ALL_TERMS = pytest.mark.parametrize(("given", "options"), CASES.values(), ids=CASES)
 
 
 @ALL_TERMS
@@ -133,10 +152,10 @@ def test_every_term_is_in_the_law(given, options):
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", [name for name in TERMS if "hard" not in name and name != "ngt"])
+@pytest.mark.parametrize("name", [name for name in CASES if "hard" not in name and name != "ngt"])
 def test_every_term_has_the_gradient_of_the_law(name):
     """Hard cutoffs have another one on purpose: see below."""
-    given, options = TERMS[name]
+    given, options = CASES[name]
     shape = {"batch": 2, "heads": 2, "key_heads": 1, "queries": 3, "keys": 4, "width": 2}
     inputs = make_inputs(**shape, value_width=2, token_masses=True, **given)
     gradcheck(inputs, law=given.get("law", "force"), causal=True, **options)

@@ -183,13 +183,15 @@ def operator_arguments(inputs, *, save, law="force", **options):
         "q", "k", "v", "strength", "eps", "key_radius_sq", "query_mass", "key_mass", "head_bias",
         "radius", "inverse_distance", "sink",
     )  # fmt: skip
+    if "inverse_distance" in inputs:
+        tensors["inverse_distance"] = inputs["inverse_distance"][None]
     leaves = [tensors.get(name) for name in names]
     if save:
         leaves = [None if x is None else x.detach().requires_grad_() for x in leaves]
     given = {"mask": None, "key_ranges": None, "seed": None, **options}
     return (
         *leaves, given["mask"], given["key_ranges"], given["seed"], law, True, 0, False, False,
-        "none", 1.0, float("inf"), 0.0, save,
+        "none", 1.0, float("inf"), 0.0, "clamp", None, 1.0, save,
     )  # fmt: skip
 
 

@@ -111,6 +111,8 @@ def plain_in_dtype(
     key_mass: Tensor | None = None,
     sinks: Tensor | None = None,
     mask: None = None,
+    key_ranges: Tensor | None = None,
+    **terms: Any,
 ) -> Tensor:
     """The peer in half precision: scores in float32, and what every fused kernel rounds rounded to
     the dtype of v: weights, output, and the gradient of distances before its products."""
@@ -120,8 +122,9 @@ def plain_in_dtype(
     if key_radius_sq is not None:
         key_radius_sq = key_radius_sq.repeat_interleave(groups)
     distance_sq = _RoundedGradient.apply(squared_distance(q, k, key_radius_sq), dtype)
-    score = gravity_score(distance_sq, mass, eps, law, query_mass, key_mass)
-    seen = visible_keys(q.shape[2], k.shape[2], causal=causal, device=q.device)
+    score = gravity_score(distance_sq, mass, eps, law, query_mass, key_mass, **terms)
+    shape = (q.shape[2], k.shape[2])
+    seen = visible_keys(*shape, causal=causal, key_ranges=key_ranges, device=q.device)
     if seen is not None:
         score = score.masked_fill(~seen, -float("inf"))
     if sinks is not None:

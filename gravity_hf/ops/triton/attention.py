@@ -25,7 +25,9 @@ def gravity_attention_triton(
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Any = None,
+    curvature: Any = None,
     max_force: float | None = None,
+    force_cap: str = "clamp",
     inverse_distance: Tensor | None = None,
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
@@ -47,6 +49,10 @@ def gravity_attention_triton(
         None if x is None else x.float().contiguous()
         for x in (eps, key_radius_sq, query_mass, head_bias, inverse_distance)
     )
+    if table is not None:
+        # [B|1, Tq, Tk]
+        table = table.flatten(0, -3) if table.dim() == 4 else table[None]
+        table = table.log() if law == "power" else table
     key_term = None
     if key_mass is not None:
         key_mass = key_mass.float()
@@ -82,4 +88,7 @@ def gravity_attention_triton(
         1.0 if cutoff is None else float(cutoff.width),
         float("inf") if max_force is None else float(max_force),
         float(dropout_p),
+        force_cap,
+        None if curvature is None else float(curvature.kappa),
+        1.0 if curvature is None else float(curvature.horizon),
     )

@@ -7,6 +7,7 @@ Dao et al. 2023). A second, small kernel merges the splits in a fixed order: res
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import interpreted
-from .score import LOG2E, add_sink, logarithm, power_of_two, product, reciprocal
+from .score import (
+    LOG2E,
+    add_sink,
+    capped,
+    curved,
+    logarithm,
+    power_of_two,
+    product,
+    reciprocal,
+)
 
 MAX_QUERIES = 16
 MAX_ROWS = 64
@@ -58,6 +68,10 @@ def decode_attention(
     window: int | None = None,
     key_ranges: Tensor | None = None,
     sink: Tensor | None = None,
+    max_force: float = math.inf,
+    cap: str = "clamp",
+    kappa: float | None = None,
+    horizon: float = 1.0,
     tiling: Tiling | None = None,
 ) -> Tensor:
     """`softmax_j(score_ij) v_j` for few queries, without gradient; see `..api.gravity_attention`.
@@ -70,6 +84,8 @@ def decode_attention(
         mask, causal, window, key_ranges: which keys a row sees. Keys outside of all `key_ranges`,
             the window and the triangle are not read, so a static cache costs what is in it.
         sink: the score of the row's sink, `[B, H, Tq]` in float32.
+        max_force, cap: the score's ceiling, "clamp" or "tanh"; infinite: none. Law "force".
+        kappa, horizon: see `score.curved`; None: distances are not curved.
         tiling: overrides `choose_tiling`.
 
     Returns:
@@ -112,12 +128,13 @@ def decode_attention(
             *q.stride(), *k.stride(), *v.stride(),
             *_strides(query_mass, 3), *_strides(key_term, 3),
             *_strides(mask, 4), *_strides(key_ranges, 3),
-            keys, tiling.splits, window, hidden_below,
+            keys, tiling.splits, window, hidden_below, max_force, kappa or 0.0, horizon,
             KV_HEADS=kv_heads, GROUPS=groups, QUERIES=queries,
             WIDTH=width, VALUE_WIDTH=value_width,
             BLOCK_ROWS=max(16, triton.next_power_of_2(rows)), BLOCK_KEYS=tiling.block_keys,
             BLOCK_WIDTH=_padded(width), BLOCK_VALUE_WIDTH=_padded(value_width),
-            FORCE=law == "force", CAUSAL=causal,
+            FORCE=law == "force", CAP="none" if max_force == math.inf else cap,
+            CURVED=kappa is not None, CAUSAL=causal,
             BOOL_MASK=mask is not None and not mask.is_floating_point(), MERGED=merged,
             PRECISION="ieee" if k.dtype == torch.float32 else "tf32",
             NATIVE=not interpreted(),
@@ -261,12 +278,13 @@ def _decode_kernel(
     stride_tb, stride_th, stride_tj,
     stride_mb, stride_mh, stride_mi, stride_mj,
     stride_rb, stride_ri, stride_re,
-    keys, splits, window, hidden_below,
+    keys, splits, window, hidden_below, ceiling, kappa, horizon,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE_WIDTH: tl.constexpr,
-    FORCE: tl.constexpr, CAUSAL: tl.constexpr, BOOL_MASK: tl.constexpr,
+    FORCE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr,
+    CAUSAL: tl.constexpr, BOOL_MASK: tl.constexpr,
     MERGED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one key head, for all its rows (row = head in group, query).
@@ -310,7 +328,7 @@ def _decode_kernel(
     if query_mass is not None:
         masses = query_mass + batch * stride_ab + head * stride_ah + query * stride_ai
         scale *= tl.load(masses, mask=real, other=0.0).to(tl.float32)
-    if FORCE:
+    if FORCE and CAP == "none":
         scale *= LOG2E
 
     k += batch * stride_kb + kv_head * stride_kh
@@ -336,6 +354,8 @@ def _decode_kernel(
         else:
             softened += query_sq[None, :]
         softened = tl.maximum(softened, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if CURVED:
+            softened = curved(softened, kappa, horizon, NATIVE)
         softened += softening[None, :]
         if FORCE:
             score = scale[None, :] * reciprocal(softened, NATIVE)
@@ -346,6 +366,9 @@ def _decode_kernel(
             terms = key_term + batch * stride_tb + head[None, :] * stride_th
             term = tl.load(terms + key[:, None] * stride_tj, mask=pair, other=0.0).to(tl.float32)
             score = score * term if FORCE else score + term * LOG2E
+        if CAP != "none":
+            score, _ = capped(score, ceiling, CAP)
+            score *= LOG2E
         visible = (key[:, None] >= first[None, :]) & (key[:, None] < last[None, :])
         if mask is not None:
             entries = mask + batch * stride_mb + head[None, :] * stride_mh

@@ -19,6 +19,7 @@ from .score import (
     EXCLUDED,
     LOG2E,
     add_sink,
+    curved,
     general_scores,
     kept_weights,
     logarithm,
@@ -30,6 +31,7 @@ from .score import (
     unit_of,
 )
 from .tiles import forward_tiles
+from .vectors import load_vectors, vectors_row
 from .visible import key_span, load_mask, load_ranges, visible_pairs
 
 # Weights up to 2^80: sums of 2^20 keys times values of 2^20 still fit float32.
@@ -84,16 +86,17 @@ def tile_of(pid, blocks, batch_heads, heads_together):
 
 @triton.jit
 def attend_tiles(
-    acc, total, peak, low, high, q, k_desc, v_desc, batch, head, kv_head, batch_head, batch_kv,
+    acc, total, peak, low, high, q, k_desc, v_desc, batch, head, kv_head, batch_head, norm_row,
     rows, query_term, offset, slope, floor, strength, eps, key_sq, key_scale, a, key_term, bias,
-    radius_sq, width, ceiling, table, table_stride, start, stop, shift, window, queries, keys, mask,
-    mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr,
-    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
-    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
-    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
-    ONLINE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    radius_sq, width, ceiling, kappa, horizon, table, table_batch, table_stride, start, stop, shift,
+    window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout,
+    LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr,
+    CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr, SHARED: tl.constexpr, ONLINE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """Adds keys `low .. high` to the running sums of a tile of rows."""
     for first in tl.range(low, high, BLOCK_N):
@@ -101,12 +104,13 @@ def attend_tiles(
         columns = first + tl.arange(0, BLOCK_N)
         if LAW == "table":
             inside = (rows[:, None] < queries) & (columns[None, :] < keys)
-            at = table + rows[:, None].to(tl.int64) * table_stride + columns[None, :]
+            at = table + batch.to(tl.int64) * table_batch
+            at = at + rows[:, None].to(tl.int64) * table_stride + columns[None, :]
             softened = tl.load(at, mask=inside, other=1.0).to(tl.float32)
         else:
             if not LIFTED:
-                norm = key_sq.load([batch_kv, first]).reshape(BLOCK_N)
-            k = k_desc.load([batch, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_D)
+                norm = key_sq.load([norm_row, first]).reshape(BLOCK_N)
+            k = load_vectors(k_desc, batch, kv_head, first, SHARED, BLOCK_N, BLOCK_D)
             zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             inner = product(q, k.T, zeros, PRECISION, NATIVE)
             if LIFTED:
@@ -117,6 +121,8 @@ def attend_tiles(
                 )
                 softened = inner * slope + term
             softened = tl.maximum(softened, floor, propagate_nan=tl.PropagateNan.ALL)
+            if CURVED:
+                softened = curved(softened, kappa, horizon, NATIVE) + eps
         if PLAIN:
             score = plain_scores(softened, strength, LAW == "power", NATIVE)
         else:
@@ -125,7 +131,7 @@ def attend_tiles(
                 b = tl.load(key_term + columns, mask=columns < keys, other=1.0)[None, :]
             score = general_scores(
                 softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A, HAS_B,
-                HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF,
+                HAS_BIAS, REPULSIVE, CAP, CUTOFF,
             )
         if MASKED:
             seen = visible_pairs(
@@ -174,22 +180,23 @@ def attend_tiles(
 @triton.jit
 def forward_kernel(
     q_desc, k_desc, v_desc, out, saved, strength, eps, key_radius_sq, key_sq, key_sq_max,
-    query_mass, key_term, head_bias, radius, table, sink, table_stride, width, ceiling, ranges,
-    ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at,
-    dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys, shift, window,
-    value_width, padded, saved_plane, heads_together, LAW: tl.constexpr, PLAIN: tl.constexpr,
-    BOUNDABLE: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
-    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
-    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, HAS_SINK: tl.constexpr,
-    SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    query_mass, key_term, head_bias, radius, table, sink, table_batch, table_stride, width, ceiling,
+    kappa, horizon, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column,
+    mask_lowest, seed_at, dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys,
+    shift, window, value_width, padded, saved_plane, heads_together, LAW: tl.constexpr,
+    PLAIN: tl.constexpr, BOUNDABLE: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr,
+    CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
+    SHARED: tl.constexpr, HAS_SINK: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     blocks = tl.cdiv(queries, BLOCK_M)
     block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
     batch, head = batch_head // heads, batch_head % heads
     kv_head = head // (heads // kv_heads)
-    batch_kv = batch * kv_heads + kv_head
+    norm_row = vectors_row(batch, kv_head, kv_heads, SHARED)
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_valid = rows < queries
@@ -220,21 +227,25 @@ def forward_kernel(
     query_sq = tl.zeros([BLOCK_M], tl.float32)
     query_term = query_sq
     floor = head_eps / unit
+    if CURVED:
+        floor = 0.0
     bounded = 0
     if LAW == "table":
         q = 0.0
     else:
-        q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, BLOCK_D)
+        q = load_vectors(q_desc, batch, head, first_row, SHARED, BLOCK_M, BLOCK_D)
         wide = q.to(tl.float32)
         query_sq = tl.sum(wide * wide, 1)
-        query_term = query_sq + head_eps
+        query_term = query_sq
+        if not CURVED:
+            query_term += head_eps
         longest = 0.0
         if LIFTED:
             longest = tl.load(key_radius_sq + kv_head)
             query_term += longest
         else:
             if BOUNDABLE and LAW == "power":
-                longest = tl.load(key_sq_max + batch_kv)
+                longest = tl.load(key_sq_max + norm_row)
         query_term = query_term * (1.0 / unit)
         if BOUNDABLE:
             lowest, top = plain_bounds(
@@ -278,14 +289,14 @@ def forward_kernel(
                             part_high = high
                         acc, total, peak = attend_tiles(
                             acc, total, peak, part_low, part_high, q, k_desc, v_desc, batch, head,
-                            kv_head, batch_head, batch_kv, rows, query_term, offset, -2.0 / unit,
+                            kv_head, batch_head, norm_row, rows, query_term, offset, -2.0 / unit,
                             floor, head_strength, head_eps, key_sq, 1.0 / unit, a, key_term, bias,
-                            radius_sq, width, ceiling, table, table_stride, start, stop, shift,
-                            window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column,
-                            mask_lowest, seed, dropout, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS,
-                            REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK,
-                            EXCLUDE_SELF, DROPOUT, part != 1, code == 1, BLOCK_M, BLOCK_N, BLOCK_D,
-                            BLOCK_V, PRECISION, NATIVE,
+                            radius_sq, width, ceiling, kappa, horizon, table, table_batch,
+                            table_stride, start, stop, shift, window, queries, keys, mask, mask_b,
+                            mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW, PLAIN,
+                            LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, CAUSAL,
+                            WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT, part != 1, SHARED,
+                            code == 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION, NATIVE,
                         )
     base = peak
     if BOUNDABLE:
@@ -360,8 +371,8 @@ def forward(problem: Problem, saved: Tensor | None, sizes: dict | None = None) -
     if problem.table is not None:
         q_tiles = k_tiles = v_tiles
     else:
-        k = aligned(problem.k)
-        q_tiles = tiles(aligned(problem.q), rows, block_d)
+        q, k = problem.queries_and_keys()
+        q_tiles = tiles(q, rows, block_d)
         k_tiles = tiles(k, columns, block_d)
         if problem.key_radius_sq is None:
             norms = squared_norms(k)

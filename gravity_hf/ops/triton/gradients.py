@@ -24,6 +24,8 @@ from .score import (
     EXCLUDED,
     LN2,
     LOG2E,
+    curved,
+    curved_slope,
     general_gradients,
     general_scores,
     plain_scores,
@@ -73,15 +75,17 @@ def narrow(x, like: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit
 def pair_gradients(
-    weight, grad_weight, score, softened, eps, floor, strength, a, b, bias, radius_sq, width,
-    ceiling, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
-    CUTOFF: tl.constexpr, NATIVE: tl.constexpr,
+    weight, grad_weight, score, softened, bend, eps, floor, strength, a, b, bias, radius_sq, width,
+    ceiling, kappa, horizon, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
+    CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr, NATIVE: tl.constexpr,
 ):
     """dL/d(squared distance) of every pair from weights and dL/dweight - delta; of the plain laws
-    without the factor of `plain_factor`. Clamped distances get none. Then what the sums over rows
-    and columns need: dL/dscore, dL/d(softened distance), dL/dstrength (of the plain laws instead:
-    the slope `dscore/dn`, without factor), da, db, dbias, dradius^2."""
+    without the factor of `plain_factor`. Clamped distances get none; `bend` is the slope of a
+    curved one. Then what the sums over rows and columns need: dL/dscore, dL/d(softened distance);
+    the slope `dscore/dn` of the plain laws, without factor, or `w dscore/dn`; and by strength, a,
+    b, bias and radius^2, of which plain laws have none, `w dscore/d...`: times `grad_weight` these
+    are the gradients, and alone their sum over a row is what its mean is."""
     c = weight * grad_weight
     if PLAIN:
         if LAW == "power":
@@ -92,18 +96,21 @@ def pair_gradients(
         distance = g
         if LIFTED:
             distance = tl.where(softened > floor, g, 0.0)
-        return distance, c, g, slope, c, c, c, c
+        return distance, c, g, slope, c, c, c, c, c
     else:
-        g, d_cutoff, d_strength, d_a, d_b, d_bias, d_radius = general_gradients(
-            c, softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A, HAS_B,
-            HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF,
+        slope, d_cutoff, d_strength, d_a, d_b, d_bias, d_radius = general_gradients(
+            weight, softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A,
+            HAS_B, HAS_BIAS, REPULSIVE, CAP, CUTOFF,
         )
+        g = slope * grad_weight
         distance = g
         if CUTOFF != "none":
-            distance += d_cutoff
-        if LAW != "table":
+            distance += d_cutoff * grad_weight
+        if CURVED:
+            distance = distance * bend
+        elif LAW != "table":
             distance = tl.where(softened > floor, distance, 0.0)
-        return distance, c, g, d_strength, d_a, d_b, d_bias, d_radius
+        return distance, c, g, slope, d_strength, d_a, d_b, d_bias, d_radius
 
 
 @triton.jit
@@ -119,26 +126,32 @@ def plain_factor(strength, unit, POWER: tl.constexpr):
 @triton.jit
 def weights_again(
     inner, term, lse, rest, rows, columns, ranged, start, stop, batch, head, slope, floor, eps,
-    strength, a, b, bias, radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b,
-    mask_h, mask_row, mask_column, mask_lowest, LAW: tl.constexpr, PLAIN: tl.constexpr,
-    LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
-    REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
-    MASKED: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
+    strength, a, b, bias, radius_sq, width, ceiling, kappa, horizon, shift, window, queries, keys,
+    mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, LAW: tl.constexpr,
+    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr,
+    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, MASKED: tl.constexpr, NATIVE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """A tile of softened distances, scores and softmax weights from q.k (law "table": from inverse
-    distances). Works in both orientations: per-query and per-key arguments broadcast."""
+    distances), and the slope of a curved distance, `bend`. Works in both orientations: per-query
+    and per-key arguments broadcast."""
+    bend = 1.0
     if LAW == "table":
         softened = inner
     else:
         softened = inner * slope + term
         softened = tl.maximum(softened, floor, propagate_nan=tl.PropagateNan.ALL)
+        if CURVED:
+            bend = curved_slope(softened, kappa, horizon, NATIVE)
+            softened = curved(softened, kappa, horizon, NATIVE) + eps
     if PLAIN:
         score = plain_scores(softened, strength, LAW == "power", NATIVE)
     else:
         score = general_scores(
             softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A, HAS_B,
-            HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF,
+            HAS_BIAS, REPULSIVE, CAP, CUTOFF,
         )
     shown = score
     if MASKED:
@@ -162,7 +175,7 @@ def weights_again(
         weight = tl.where(seen, weight, 0.0)
     if CUTOFF == "hard":
         weight = tl.where(softened - eps <= radius_sq, weight, 0.0)
-    return softened, score, weight
+    return softened, score, weight, bend
 
 
 # fmt: on
@@ -185,7 +198,7 @@ def gather_inputs(problem: Problem, out: Tensor, saved: Tensor, grad: Tensor) ->
     """`saved` `[3, B, H, T']`: see `forward.forward`."""
     q = k = norms = None
     if problem.q is not None:
-        q, k = aligned(problem.q), aligned(problem.k)
+        q, k = problem.queries_and_keys()
         if problem.key_radius_sq is None:
             norms = squared_norms(k)
     grad = aligned(grad)

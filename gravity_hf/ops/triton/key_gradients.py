@@ -33,6 +33,7 @@ from .score import (
     unit_of,
 )
 from .tiles import key_tiles
+from .vectors import load_vectors, vectors_row
 from .visible import (
     load_ranges,
     query_span,
@@ -44,12 +45,13 @@ from .visible import (
 def attend_queries(
     grad_k, grad_v, distance_sum, mass_sum, low, high, k, v, k_sq, q_desc, grad_desc, saved_desc,
     delta_desc, pairs, batch, head, batch_head, columns, slope, floor, unit, key_radius, strength,
-    eps, factor, query_mass, b, bias, radius_sq, width, ceiling, table, table_stride, start, stop,
-    shift, window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed,
-    dropout, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
-    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    eps, factor, query_mass, b, bias, radius_sq, width, ceiling, kappa, horizon, table, table_batch,
+    table_stride, start, stop, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
+    mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr, PLAIN: tl.constexpr,
+    LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
+    REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
@@ -65,20 +67,23 @@ def attend_queries(
         delta = delta_desc.load([batch_head, first]).reshape(BLOCK_M)
         if LAW == "table":
             inside = (rows[None, :] < queries) & (columns[:, None] < keys)
-            at = table + rows[None, :].to(tl.int64) * table_stride + columns[:, None]
+            at = table + batch.to(tl.int64) * table_batch
+            at = at + rows[None, :].to(tl.int64) * table_stride + columns[:, None]
             inner = tl.load(at, mask=inside, other=1.0)
             term = zeros
             q = zeros
         else:
             # In the order of the forward, for the same bits: where q is near k, another rounding of
             # the distance is another weight.
-            query_term = saved_desc.load([2 * pairs + batch_head, first]).reshape(BLOCK_M) + eps
+            query_term = saved_desc.load([2 * pairs + batch_head, first]).reshape(BLOCK_M)
+            if not CURVED:
+                query_term += eps
             if LIFTED:
                 query_term += key_radius
             term = (query_term * (1.0 / unit))[None, :]
             if not LIFTED:
                 term = scaled_sum(k_sq[:, None], 1.0 / unit, term, BLOCK_N, BLOCK_M)
-            q = q_desc.load([batch, head, first, 0]).reshape(BLOCK_M, BLOCK_D)
+            q = load_vectors(q_desc, batch, head, first, SHARED, BLOCK_M, BLOCK_D)
             inner = product(k, q.T, zeros, PRECISION, NATIVE)
         grad_out = grad_desc.load([batch, head, first, 0]).reshape(BLOCK_M, BLOCK_V)
         grad_weight = product(v, grad_out.T, zeros, PRECISION, NATIVE)
@@ -86,12 +91,13 @@ def attend_queries(
         if HAS_A:
             at = query_mass + batch_head.to(tl.int64) * queries + rows
             a = tl.load(at, mask=rows < queries, other=1.0)[None, :]
-        softened, score, weight = weights_again(
+        softened, score, weight, bend = weights_again(
             inner, term, lse[None, :], rest, rows[None, :], columns[:, None], rows[None, :],
             start[:, None], stop[:, None], batch, head, slope, floor, eps, strength, a, b, bias,
-            radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
-            mask_column, mask_lowest, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
-            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED, NATIVE, EXACT,
+            radius_sq, width, ceiling, kappa, horizon, shift, window, queries, keys, mask, mask_b,
+            mask_h, mask_row, mask_column, mask_lowest, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS,
+            REPULSIVE, CAP, CURVED, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED,
+            NATIVE, EXACT,
         )
         shown = weight
         if DROPOUT:
@@ -103,17 +109,17 @@ def attend_queries(
         grad_v = product(shown.to(grad_out.dtype), grad_out, grad_v, PRECISION, NATIVE)
         # `factor` differs between the heads that share these keys: it cannot wait for the end.
         grad_weight = grad_weight * factor - (delta * factor)[None, :]
-        distance, c, g, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
-            weight, grad_weight, score, softened, eps, floor, strength, a, b, bias, radius_sq,
-            width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING,
-            CUTOFF, NATIVE,
+        distance, c, g, d_n, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
+            weight, grad_weight, score, softened, bend, eps, floor, strength, a, b, bias, radius_sq,
+            width, ceiling, kappa, horizon, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
+            CAP, CURVED, CUTOFF, NATIVE,
         )
         if EXCLUDE_SELF and MASKED:
             other = columns[:, None] != rows[None, :] + shift
             distance = tl.where(other, distance, 0.0)
             d_b = tl.where(other, d_b, 0.0)
         if HAS_B:
-            mass_sum += tl.sum(d_b, 1)
+            mass_sum += tl.sum(d_b * grad_weight, 1)
         if LAW != "table":
             rounded, undo = narrow(distance, q.dtype, SCALED)
             if not LIFTED:
@@ -129,16 +135,16 @@ def attend_queries(
 def key_kernel(
     q_desc, k_desc, v_desc, grad_desc, saved_desc, delta_desc, key_sq, grad_key, grad_value,
     grad_mass, strength, eps, key_radius_sq, query_mass, key_term, head_bias, radius, table,
-    table_stride, width, ceiling, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row,
-    mask_column, mask_lowest, seed_at, dropout, key_sq_stride, key_split, key_b, key_h, key_row,
-    value_split, value_b, value_h, value_row, batches, heads, kv_heads, queries, keys, shift,
-    window, head_width, value_width, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
-    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
-    EXACT: tl.constexpr,
+    table_batch, table_stride, width, ceiling, kappa, horizon, ranges, ranges_b, ranges_row, mask,
+    mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at, dropout, key_sq_stride, key_split,
+    key_b, key_h, key_row, value_split, value_b, value_h, value_row, batches, heads, kv_heads,
+    queries, keys, shift, window, head_width, value_width, LAW: tl.constexpr, PLAIN: tl.constexpr,
+    LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
+    REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     # The first keys have the most queries under a causal mask, and go first.
     pairs = batches * kv_heads * SPLITS
@@ -156,11 +162,12 @@ def key_kernel(
     if LAW == "table":
         k = 0.0
     else:
-        k = k_desc.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+        k = load_vectors(k_desc, batch, kv_head, first_key, SHARED, BLOCK_N, BLOCK_D)
         if LIFTED:
             key_radius = tl.load(key_radius_sq + kv_head)
         else:
-            at = key_sq + batch_kv.to(tl.int64) * key_sq_stride + columns
+            norm_row = vectors_row(batch, kv_head, kv_heads, SHARED)
+            at = key_sq + norm_row.to(tl.int64) * key_sq_stride + columns
             k_sq = tl.load(at, mask=column_valid, other=0.0)
     seed = 0
     if DROPOUT:
@@ -184,11 +191,14 @@ def key_kernel(
         factor = 1.0
         radius_sq = 0.0
         bias = 0.0
+        floor = 0.0
         if LAW != "table":
             head_eps = tl.load(eps + head)
         if PLAIN:
             unit = unit_of(head_strength, head_eps, LAW == "power", BLOCK_D)
             factor = plain_factor(head_strength, unit, LAW == "power")
+        if not CURVED:
+            floor = head_eps / unit
         if CUTOFF != "none":
             radius_sq = tl.load(radius + head)
             radius_sq = radius_sq * radius_sq
@@ -212,13 +222,13 @@ def key_kernel(
                 grad_k, grad_v, distance_sum, mass_sum = attend_queries(
                     grad_k, grad_v, distance_sum, mass_sum, part_low, part_high, k, v, k_sq, q_desc,
                     grad_desc, saved_desc, delta_desc, batches * heads, batch, head, batch_head,
-                    columns, -2.0 / unit, head_eps / unit, unit, key_radius, head_strength,
-                    head_eps, factor, query_mass, b, bias, radius_sq, width, ceiling, table,
-                    table_stride, start, stop, shift, window, queries, keys, mask, mask_b, mask_h,
-                    mask_row, mask_column, mask_lowest, seed, dropout, LAW, PLAIN, LIFTED, HAS_A,
-                    HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK,
-                    EXCLUDE_SELF, DROPOUT, part != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SCALED,
-                    PRECISION, NATIVE, EXACT,
+                    columns, -2.0 / unit, floor, unit, key_radius, head_strength, head_eps, factor,
+                    query_mass, b, bias, radius_sq, width, ceiling, kappa, horizon, table,
+                    table_batch, table_stride, start, stop, shift, window, queries, keys, mask,
+                    mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW, PLAIN,
+                    LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, CAUSAL, WINDOW,
+                    RANGES, MASK, EXCLUDE_SELF, DROPOUT, SHARED, part != 1, BLOCK_M, BLOCK_N,
+                    BLOCK_D, BLOCK_V, SCALED, PRECISION, NATIVE, EXACT,
                 )
         if HAS_B:
             at = grad_mass + batch_head.to(tl.int64) * keys + columns
@@ -231,7 +241,7 @@ def key_kernel(
     if LAW != "table":
         grad_k = -2.0 * grad_k
         if not LIFTED:
-            wide = k_desc.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+            wide = load_vectors(k_desc, batch, kv_head, first_key, SHARED, BLOCK_N, BLOCK_D)
             grad_k += 2.0 * distance_sum[:, None] * wide.to(tl.float32)
         columns_d = tl.arange(0, BLOCK_D)[None, :]
         at = grad_key + split.to(tl.int64) * key_split + batch.to(tl.int64) * key_b
@@ -249,7 +259,8 @@ def key_gradients(
     """dL/dk, dL/dv, and dL/d(key term) `[B, H, Tk]`."""
     v = inputs.v
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    sizes = dict(sizes or key_tiles(v.dtype, max(block_d, block_v), v.device))
+    width = max(block_d, block_v)
+    sizes = dict(sizes or key_tiles(v.dtype, width, problem.plain, v.device))
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     blocks = triton.cdiv(problem.keys, columns) * problem.batch * problem.kv_heads
     splits = head_splits(problem, blocks, v.device)

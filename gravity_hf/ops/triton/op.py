@@ -28,10 +28,10 @@ _ARGUMENTS = (
     "Tensor? query_mass, Tensor? key_term, Tensor? head_bias, Tensor? radius, Tensor? table, "
     "Tensor? sink, Tensor? mask, Tensor? key_ranges, Tensor? seed, str law, bool causal, "
     "int window, bool exclude_self, bool repulsive, str cutoff, float width, float max_force, "
-    "float dropout_p, int save"
+    "float dropout_p, str cap, float? kappa, float horizon, int save"
 )
 # Tensors that can have a gradient come first, then the other tensors, then options.
-_DIFFERENTIABLE, _TENSORS, _COUNT = 12, 15, 25
+_DIFFERENTIABLE, _TENSORS, _COUNT = 12, 15, 28
 _STRENGTH, _EPS, _KEY_RADIUS, _KEY_TERM, _SINK = 3, 4, 5, 7, 11
 
 torch.library.define("gravity_hf::triton_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
@@ -78,7 +78,7 @@ def _decodes(problem: Problem) -> bool:
     absent = (problem.head_bias, problem.radius, problem.table)
     if any(x is not None for x in absent) or problem.repulsive or problem.exclude_self:
         return False
-    if problem.max_force != float("inf") or problem.dropout_p > 0:
+    if problem.dropout_p > 0:
         return False
     width = max(problem.width_k, problem.width_v)
     return serves_decoding(problem.queries, problem.heads, problem.kv_heads, width)
@@ -106,6 +106,10 @@ def _decode(problem: Problem) -> Tensor:
         window=problem.window or None,
         key_ranges=problem.key_ranges,
         sink=sink,
+        max_force=problem.max_force,
+        cap=problem.cap,
+        kappa=problem.kappa,
+        horizon=problem.horizon,
     )
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 

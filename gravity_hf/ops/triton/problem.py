@@ -23,12 +23,13 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class Problem:
-    """Fields in the order of the operator's schema.
+    """Fields in the order of the operator's schema; kappa: None where distances are not curved.
 
     q: `[B, H, Tq, D]`, k `[B, N, Tk, D]`, absent with a table. v: `[B, N, Tk, Dv]`. strength: `M^2`
     `[H]`, eps `[H]`, key_radius_sq `[N]`, query_mass `[B, H, Tq]`, key_term `[B, H, Tk]` (factor of
-    the force, summand under the power law), head_bias `[H]`, radius `[H]`, table `[Tq, Tk]`, sink
-    `[B, H, Tq]` (`sinks.sink_scores`; only where `plain`): all float32 and contiguous. mask: bool
+    the force, summand under the power law), head_bias `[H]`, radius `[H]`, table `[B|1, Tq, Tk]`
+    (inverse distances; under the power law their logarithms), sink `[B, H, Tq]`
+    (`sinks.sink_scores`; only where `plain`): all float32 and contiguous. mask: bool
     or float, at most 4 dimensions. key_ranges: int32 `[B|1, Tq|1, 2]`. seed: int64 `[1]`.
     """
 
@@ -56,6 +57,9 @@ class Problem:
     width: float
     max_force: float
     dropout_p: float
+    cap: str = "clamp"
+    kappa: float | None = None
+    horizon: float = 1.0
 
     @property
     def batch(self) -> int:
@@ -71,7 +75,7 @@ class Problem:
 
     @property
     def queries(self) -> int:
-        return self.table.shape[0] if self.q is None else self.q.shape[2]
+        return self.table.shape[1] if self.q is None else self.q.shape[2]
 
     @property
     def keys(self) -> int:
@@ -106,6 +110,7 @@ class Problem:
             and not self.repulsive
             and self.max_force == float("inf")
             and not self.exclude_self
+            and self.kappa is None
         )
 
     @property
@@ -113,6 +118,25 @@ class Problem:
         """Scores have two-sided bounds, and weights of 2^(+-100) fit the dtype of the product."""
         added = self.mask is not None and self.mask.is_floating_point()
         return self.plain and not added and self.v.dtype != torch.float16
+
+    @property
+    def shared(self) -> int:
+        """Whether q and k are the same for all heads (1), all batch entries (2) or both (3), as
+        positions are: a view that `expand` made, which kernels read in place."""
+        if self.q is None or self.k is None:
+            return 0
+
+        def same(dimension: int) -> bool:
+            sides = [(x.shape[dimension], x.stride(dimension)) for x in (self.q, self.k)]
+            return sides[0][0] > 1 and all(n == 1 or stride == 0 for n, stride in sides)
+
+        return int(same(1)) + 2 * int(same(0))
+
+    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        """q and k `aligned`, of size 1 in the dimensions in which they are `shared`."""
+        shared = self.shared
+        batch, heads = slice(1 if shared >= 2 else None), slice(1 if shared % 2 == 1 else None)
+        return aligned(self.q[batch, heads]), aligned(self.k[batch, heads])
 
     def flags(self) -> dict[str, Any]:
         """Compile-time arguments that all kernels share."""
@@ -125,10 +149,11 @@ class Problem:
             "PLAIN": self.plain,
             "LIFTED": self.key_radius_sq is not None,
             "HAS_A": self.query_mass is not None,
-            "HAS_B": self.key_term is not None,
+            "HAS_B": 0 if self.key_term is None else 1 if self.law == "force" else 2,
             "HAS_BIAS": self.head_bias is not None,
             "REPULSIVE": self.repulsive,
-            "HAS_CEILING": self.max_force != float("inf"),
+            "CAP": "none" if self.max_force == float("inf") else self.cap,
+            "CURVED": self.kappa is not None,
             "CUTOFF": self.cutoff,
             "CAUSAL": self.causal,
             "WINDOW": self.window > 0,
@@ -136,6 +161,7 @@ class Problem:
             "MASK": mask,
             "EXCLUDE_SELF": self.exclude_self,
             "DROPOUT": self.dropout_p > 0,
+            "SHARED": self.shared,
             "PRECISION": "ieee" if self.v.dtype == torch.float32 else "tf32",
             "NATIVE": not interpreted(),
         }
@@ -176,6 +202,7 @@ class Problem:
         def present(tensor: Tensor | None) -> Tensor:
             return self.strength if tensor is None else tensor
 
+        many_tables = self.table is not None and self.table.shape[0] > 1
         return {
             "strength": self.strength,
             "eps": present(self.eps),
@@ -185,9 +212,12 @@ class Problem:
             "head_bias": present(self.head_bias),
             "radius": present(self.radius),
             "table": present(self.table),
+            "table_batch": self.queries * self.keys if many_tables else 0,
             "table_stride": self.keys,
             "width": self.width,
             "ceiling": self.max_force,
+            "kappa": self.kappa or 0.0,
+            "horizon": self.horizon,
         }
 
     def sink_terms(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from .score import (
     unit_of,
 )
 from .tiles import query_tiles
+from .vectors import load_vectors, vectors_row
 from .visible import (
     key_span,
     load_ranges,
@@ -54,14 +55,15 @@ ROW_SUMS = 6
 @triton.jit
 def attend_keys(
     grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum, score_mean,
-    slope_mean, a_sum, bias_sum, radius_sum, low, high, q, grad_out, lse, rest, delta, k_desc,
-    v_desc, key_sq, batch, head, kv_head, batch_head, batch_kv, rows, query_term, slope, floor,
-    unit, strength, eps, a, key_term, bias, radius_sq, width, ceiling, table, table_stride,
-    start, stop, shift, window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column,
-    mask_lowest, seed, dropout, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
-    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
+    slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum, low, high, q, grad_out, lse, rest,
+    delta, k_desc, v_desc, key_sq, batch, head, kv_head, batch_head, norm_row, rows, query_term,
+    slope, floor, unit, strength, eps, a, key_term, bias, radius_sq, width, ceiling, kappa, horizon,
+    table, table_batch, table_stride, start, stop, shift, window, queries, keys, mask, mask_b,
+    mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr,
+    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr,
+    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
     SUMS: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     NATIVE: tl.constexpr, EXACT: tl.constexpr,
@@ -73,41 +75,45 @@ def attend_keys(
         term = query_term[:, None]
         if LAW == "table":
             inside = (rows[:, None] < queries) & (columns[None, :] < keys)
-            at = table + rows[:, None].to(tl.int64) * table_stride + columns[None, :]
+            at = table + batch.to(tl.int64) * table_batch
+            at = at + rows[:, None].to(tl.int64) * table_stride + columns[None, :]
             inner = tl.load(at, mask=inside, other=1.0)
             k = zeros
         else:
             if not LIFTED:
-                norm = key_sq.load([batch_kv, first]).reshape(BLOCK_N)
+                norm = key_sq.load([norm_row, first]).reshape(BLOCK_N)
                 term = scaled_sum(norm[None, :], 1.0 / unit, term, BLOCK_M, BLOCK_N)
-            k = k_desc.load([batch, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_D)
+            k = load_vectors(k_desc, batch, kv_head, first, SHARED, BLOCK_N, BLOCK_D)
             inner = product(q, k.T, zeros, PRECISION, NATIVE)
         v = v_desc.load([batch, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_V)
         grad_weight = product(grad_out, v.T, zeros, PRECISION, NATIVE)
         b = 1.0
         if HAS_B:
             b = tl.load(key_term + columns, mask=columns < keys, other=1.0)[None, :]
-        softened, score, weight = weights_again(
+        softened, score, weight, bend = weights_again(
             inner, term, lse[:, None], rest, rows[:, None], columns[None, :], columns[None, :],
             start[:, None], stop[:, None], batch, head, slope, floor, eps, strength, a, b, bias,
-            radius_sq, width, ceiling, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
-            mask_column, mask_lowest, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
-            HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED, NATIVE, EXACT,
+            radius_sq, width, ceiling, kappa, horizon, shift, window, queries, keys, mask, mask_b,
+            mask_h, mask_row, mask_column, mask_lowest, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS,
+            REPULSIVE, CAP, CURVED, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, MASKED,
+            NATIVE, EXACT,
         )
         if DROPOUT:
             grad_weight *= kept_weights(
                 seed, dropout, batch_head, rows[:, None], columns[None, :], queries, keys
             )
-        distance, c, g, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
-            weight, grad_weight - delta[:, None], score, softened, eps, floor, strength, a, b, bias,
-            radius_sq, width, ceiling, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
-            HAS_CEILING, CUTOFF, NATIVE,
+        grad_weight -= delta[:, None]
+        distance, c, g, d_n, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
+            weight, grad_weight, score, softened, bend, eps, floor, strength, a, b,
+            bias, radius_sq, width, ceiling, kappa, horizon, LAW, PLAIN, LIFTED, HAS_A, HAS_B,
+            HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, NATIVE,
         )
         if EXCLUDE_SELF and MASKED:
             # That score is a constant.
             other = columns[None, :] != rows[:, None] + shift
             distance = tl.where(other, distance, 0.0)
             g = tl.where(other, g, 0.0)
+            d_n = tl.where(other, d_n, 0.0)
             d_strength = tl.where(other, d_strength, 0.0)
             d_a = tl.where(other, d_a, 0.0)
             d_bias = tl.where(other, d_bias, 0.0)
@@ -126,6 +132,8 @@ def attend_keys(
                 grad_q += product(rounded, k, tl.zeros_like(grad_q), PRECISION, NATIVE) * undo
             else:
                 grad_q = product(rounded, k, grad_q, PRECISION, NATIVE)
+        if not PLAIN:
+            weight_sum += tl.sum(c, 1)
         if SUMS > 0:
             if SUMS == 2:
                 softening_sum += tl.sum(g, 1)
@@ -136,41 +144,46 @@ def attend_keys(
                 strength_sum += tl.sum(c * score, 1)
                 score_mean += tl.sum(weight * score, 1)
                 if SUMS == 2:
-                    slope_mean += tl.sum(weight * d_strength, 1)
+                    slope_mean += tl.sum(weight * d_n, 1)
             else:
-                strength_sum += tl.sum(d_strength, 1)
+                strength_sum += tl.sum(d_strength * grad_weight, 1)
+                score_mean += tl.sum(d_strength, 1)
+                if SUMS == 2:
+                    slope_mean += tl.sum(d_n, 1)
             if HAS_A:
-                a_sum += tl.sum(d_a, 1)
+                a_sum += tl.sum(d_a * grad_weight, 1)
+                a_mean += tl.sum(d_a, 1)
             if HAS_BIAS:
-                bias_sum += tl.sum(d_bias, 1)
+                bias_sum += tl.sum(d_bias * grad_weight, 1)
+                bias_mean += tl.sum(d_bias, 1)
             if CUTOFF != "none":
-                radius_sum += tl.sum(d_radius, 1)
+                radius_sum += tl.sum(d_radius * grad_weight, 1)
     return (
         grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum, score_mean,
-        slope_mean, a_sum, bias_sum, radius_sum,
+        slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum,
     )
 
 
 @triton.jit
 def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, key_sq, saved, delta_at, grad_query, sums, strength, eps,
-    key_radius_sq, query_mass, key_term, head_bias, radius, table, sink, grad_sink, table_stride,
-    width, ceiling, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column,
-    mask_lowest, seed_at, dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys,
-    shift, window, head_width, padded, sums_plane, saved_plane, heads_together, LAW: tl.constexpr,
-    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
-    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, HAS_CEILING: tl.constexpr,
-    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, HAS_SINK: tl.constexpr,
-    SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
-    EXACT: tl.constexpr,
+    key_radius_sq, query_mass, key_term, head_bias, radius, table, sink, grad_sink, table_batch,
+    table_stride, width, ceiling, kappa, horizon, ranges, ranges_b, ranges_row, mask, mask_b,
+    mask_h, mask_row, mask_column, mask_lowest, seed_at, dropout, out_b, out_h, out_row, batches,
+    heads, kv_heads, queries, keys, shift, window, head_width, padded, sums_plane, saved_plane,
+    heads_together, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
+    CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    DROPOUT: tl.constexpr, SHARED: tl.constexpr, HAS_SINK: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     blocks = tl.cdiv(queries, BLOCK_M)
     block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
     batch, head = batch_head // heads, batch_head % heads
     kv_head = head // (heads // kv_heads)
-    batch_kv = batch * kv_heads + kv_head
+    norm_row = vectors_row(batch, kv_head, kv_heads, SHARED)
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_valid = rows < queries
@@ -181,11 +194,14 @@ def query_kernel(
     factor = 1.0
     radius_sq = 0.0
     bias = 0.0
+    floor = 0.0
     if LAW != "table":
         head_eps = tl.load(eps + head)
     if PLAIN:
         unit = unit_of(head_strength, head_eps, LAW == "power", BLOCK_D)
         factor = plain_factor(head_strength, unit, LAW == "power")
+    if not CURVED:
+        floor = head_eps / unit
     if CUTOFF != "none":
         radius_sq = tl.load(radius + head)
         radius_sq = radius_sq * radius_sq
@@ -208,9 +224,11 @@ def query_kernel(
     if LAW == "table":
         q = 0.0
     else:
-        q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, BLOCK_D)
+        q = load_vectors(q_desc, batch, head, first_row, SHARED, BLOCK_M, BLOCK_D)
         at = saved + 2 * saved_plane + per_row
-        query_term = tl.load(at, mask=row_valid, other=0.0) + head_eps
+        query_term = tl.load(at, mask=row_valid, other=0.0)
+        if not CURVED:
+            query_term += head_eps
         if LIFTED:
             query_term += tl.load(key_radius_sq + kv_head)
         query_term = query_term * (1.0 / unit)
@@ -230,7 +248,7 @@ def query_kernel(
     distance_sum = tl.zeros([BLOCK_M, 16], tl.float32)
     strength_sum, weight_sum, softening_sum = zero, zero, zero
     exact_sum, a_sum, bias_sum, radius_sum = zero, zero, zero, zero
-    score_mean, slope_mean = zero, zero
+    score_mean, slope_mean, a_mean, bias_mean = zero, zero, zero, zero
     for part in tl.static_range(3):
         if part > 0 or WINDOW or RANGES:
             part_low = low
@@ -243,18 +261,18 @@ def query_kernel(
                 part_high = high
             (
                 grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
-                score_mean, slope_mean, a_sum, bias_sum, radius_sum,
+                score_mean, slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum,
             ) = attend_keys(
                 grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
-                score_mean, slope_mean, a_sum, bias_sum, radius_sum, part_low, part_high, q,
-                grad_out, lse, rest, delta, k_desc, v_desc, key_sq, batch, head, kv_head,
-                batch_head, batch_kv, rows, query_term, -2.0 / unit, head_eps / unit, unit,
-                head_strength, head_eps, a, key_term, bias, radius_sq, width, ceiling,
-                table, table_stride, start, stop, shift, window, queries, keys, mask, mask_b,
-                mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW, PLAIN, LIFTED,
-                HAS_A, HAS_B, HAS_BIAS, REPULSIVE, HAS_CEILING, CUTOFF, CAUSAL, WINDOW, RANGES,
-                MASK, EXCLUDE_SELF, DROPOUT, SUMS, part != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
-                SCALED, PRECISION, NATIVE, EXACT,
+                score_mean, slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum, part_low,
+                part_high, q, grad_out, lse, rest, delta, k_desc, v_desc, key_sq, batch, head,
+                kv_head, batch_head, norm_row, rows, query_term, -2.0 / unit, floor, unit,
+                head_strength, head_eps, a, key_term, bias, radius_sq, width, ceiling, kappa,
+                horizon, table, table_batch, table_stride, start, stop, shift, window, queries,
+                keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW,
+                PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, CAUSAL,
+                WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT, SHARED, SUMS, part != 1, BLOCK_M,
+                BLOCK_N, BLOCK_D, BLOCK_V, SCALED, PRECISION, NATIVE, EXACT,
             )
     if LAW != "table":
         near_sum = tl.sum(distance_sum, 1) * (1.0 / 16)
@@ -276,13 +294,20 @@ def query_kernel(
         if SUMS > 0 and PLAIN:
             exact_delta += weight_sum
         tl.store(grad_sink + at, -sink_weight * exact_delta, mask=row_valid)
+    if not PLAIN:
+        # For the kernels that follow: `weight_sum` is what rounding of the output left in it.
+        tl.store(delta_at + per_row, delta + weight_sum, mask=row_valid)
     if SUMS > 0:
         at = sums + batch_head.to(tl.int64) * queries + rows
+        # sum c is 0 but for the rounding of delta. Its part in the sums would drown them where
+        # scores hardly differ, so it is taken out with the row's means.
+        strength_sum -= weight_sum * score_mean
+        softening_sum -= weight_sum * slope_mean
+        if HAS_A:
+            a_sum -= weight_sum * a_mean
+        if HAS_BIAS:
+            bias_sum -= weight_sum * bias_mean
         if PLAIN:
-            # sum c is 0 but for the rounding of delta. Its part in the sums would drown them where
-            # scores hardly differ, so it is taken out with the row's means.
-            strength_sum -= weight_sum * score_mean
-            softening_sum -= weight_sum * slope_mean
             exact_sum -= weight_sum * slope_mean
             # dscore/dM^2 is score / M^2; unit is M^2 log2 e, or a stand-in where M is 0.
             if LAW == "power":
@@ -315,7 +340,8 @@ def query_gradients(
     if problem.q is None and sums == 0:
         return None, row_sums, None
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    sizes = sizes or query_tiles(v.dtype, max(block_d, block_v), v.device)
+    width = max(block_d, block_v)
+    sizes = sizes or query_tiles(v.dtype, width, problem.plain, v.device)
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     v_tiles = tiles(v, columns, block_v)
     grad_q = None

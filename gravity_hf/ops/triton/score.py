@@ -7,8 +7,8 @@ Scores are in units of log2 e, so that weights are powers of two.
 Two codes for one law. *Plain* (`PLAIN`): force or power with nothing else. The tile is scaled so
 that one multiply-add turns q.k into the scaled softened distance `n / unit`, with
 `unit = M^2 log2 e` (force: the score is its reciprocal) or about `d2 + eps` (power: the score is
-`-M^2` times its logarithm). *General*: masses, bias, sign, ceiling, cutoff or table, in the
-order that `../reference.py` defines.
+`-M^2` times its logarithm). *General*: curvature, masses, bias, sign, ceiling, cutoff or table, in
+the order that `../reference.py` defines.
 """
 
 from __future__ import annotations
@@ -58,6 +58,38 @@ def logarithm(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def square_root(x, NATIVE: tl.constexpr):
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def cosine(x, NATIVE: tl.constexpr):
+    """Absolutely within 2^-20 up to 2 pi, as for the sine; beyond, within what rounding of x
+    costs."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "cos.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.cos(x)
+
+
+@triton.jit
+def sine(x, NATIVE: tl.constexpr):
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "sin.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.sin(x)
+
+
+@triton.jit
 def product(x, y, acc, PRECISION: tl.constexpr, NATIVE: tl.constexpr):
     """`acc + x y` in float32. The interpreter cannot multiply bfloat16; in float32 the products of
     half-precision numbers are exact, as they are in tensor cores."""
@@ -99,6 +131,42 @@ def plain_scores(
 
 
 @triton.jit
+def curved(distance_sq, kappa, horizon, NATIVE: tl.constexpr):
+    """`max(s (1 + kappa cos sqrt(s + horizon)), horizon)` of a squared distance `s >= 0`."""
+    bend = 1.0 + kappa * cosine(square_root(distance_sq + horizon, NATIVE), NATIVE)
+    return tl.maximum(distance_sq * bend, horizon, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def curved_slope(distance_sq, kappa, horizon, NATIVE: tl.constexpr):
+    """Its derivative: 0 at the floor, where squared distances that were clamped at 0 are too."""
+    root = square_root(distance_sq + horizon, NATIVE)
+    flat = cosine(root, NATIVE)
+    turn = distance_sq * sine(root, NATIVE) * reciprocal(root, NATIVE)
+    above = distance_sq * (1.0 + kappa * flat) >= horizon
+    return tl.where(above, 1.0 + kappa * (flat - 0.5 * turn), 0.0)
+
+
+@triton.jit
+def capped(score, ceiling, CAP: tl.constexpr):
+    """A score under its ceiling `c`, and the slope of that: `min(s, c)` or `c tanh(s / c)`."""
+    if CAP == "clamp":
+        return tl.minimum(score, ceiling), tl.where(score <= ceiling, 1.0, 0.0)
+    else:
+        x = score / ceiling
+        fading = tl.exp(-2.0 * tl.abs(x))
+        whole = 1.0 / (1.0 + fading)
+        high = (1.0 - fading) * whole
+        # Near 0 that difference loses digits; Lambert's continued fraction to its fifth term does
+        # not, and is exact to rounding up to 0.7.
+        square = x * x
+        low = x * (945.0 + square * (105.0 + square))
+        low = low / (945.0 + square * (420.0 + square * 15.0))
+        value = tl.where(tl.abs(x) < 0.6, low, tl.where(x < 0.0, -high, high))
+        return ceiling * value, 4.0 * fading * whole * whole
+
+
+@triton.jit
 def log_sigmoid(x):
     return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
 
@@ -107,14 +175,13 @@ def log_sigmoid(x):
 def general_scores(
     softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW: tl.constexpr,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
-    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr,
+    CAP: tl.constexpr, CUTOFF: tl.constexpr,
 ):
-    """Scores from softened distances (law "table": from inverse distances). `a` broadcasts over
-    keys, `b` over queries. Hiding what a hard cutoff hides is the caller's."""
+    """Scores from softened distances (law "table": from inverse distances, or under the power law
+    from their logarithms). `a` broadcasts over keys, `b` over queries. `HAS_B` 1: a factor, 2: a
+    summand. Hiding what a hard cutoff hides is the caller's."""
     if LAW == "power":
         score = -strength * tl.log(softened)
-        if HAS_B:
-            score += b
     else:
         if LAW == "table":
             score = strength * softened
@@ -126,10 +193,12 @@ def general_scores(
             score += bias
         if HAS_A:
             score *= a
-        if HAS_B:
+        if HAS_B == 1:
             score *= b
-        if HAS_CEILING:
-            score = tl.minimum(score, ceiling)
+        if CAP != "none":
+            score, slope = capped(score, ceiling, CAP)
+    if HAS_B == 2:
+        score += b
     if CUTOFF == "soft":
         score *= tl.maximum(1.0 - (softened - eps) / radius_sq, 0.0)
     if CUTOFF == "log":
@@ -141,7 +210,7 @@ def general_scores(
 def general_gradients(
     grad, softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW: tl.constexpr,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
-    HAS_CEILING: tl.constexpr, CUTOFF: tl.constexpr,
+    CAP: tl.constexpr, CUTOFF: tl.constexpr,
 ):
     """From dL/dscore (natural units) of every pair: dL/d of softened distance (law "table": of
     inverse distance), squared distance in the cutoff, strength, a, b, bias and radius^2, still per
@@ -161,17 +230,15 @@ def general_gradients(
         if HAS_BIAS:
             base += bias
     score = base
-    if LAW == "power":
-        if HAS_B:
-            score += b
-    else:
+    if LAW != "power":
         if HAS_A:
             score *= a
-        if HAS_B:
+        if HAS_B == 1:
             score *= b
-        if HAS_CEILING:
-            under = score <= ceiling
-            score = tl.minimum(score, ceiling)
+        if CAP != "none":
+            score, cap_slope = capped(score, ceiling, CAP)
+    if HAS_B == 2:
+        score += b
     d_cutoff = grad
     d_radius = grad
     if CUTOFF == "soft":
@@ -191,16 +258,18 @@ def general_gradients(
         d_b = grad
         d_bias = grad
     else:
-        if HAS_CEILING:
-            grad = tl.where(under, grad, 0.0)
+        if CAP != "none":
+            grad = grad * cap_slope
         d_a = grad * base
-        d_b = grad * base
-        if HAS_B:
+        d_b = grad
+        if HAS_B == 1:
             d_a *= b
+            d_b *= base
+            if HAS_A:
+                d_b *= a
         if HAS_A:
-            d_b *= a
             grad *= a
-        if HAS_B:
+        if HAS_B == 1:
             grad *= b
         d_bias = grad
         d_strength = grad * inverse

@@ -2,7 +2,9 @@
 
 Chosen on an H100 (`python scripts/benchmark/tiles.py`). Small tiles of four warps win there over
 the usual 128 rows of eight: two programs share a processor, and one computes scores while the other
-multiplies. Devices with less shared memory get the first choice that fits it.
+multiplies. Devices with less shared memory get the first choice that fits it. In the backward the
+general code has more values for each pair: its tiles are half as large, with which compiled code
+for an H100 keeps (nearly) all of them in registers.
 """
 
 from __future__ import annotations
@@ -32,19 +34,23 @@ def forward_tiles(dtype: torch.dtype, width: int, plain: bool, device: torch.dev
     return _first_that_fits([*choices, (64, 32, 4, 1), _SMALLEST], 1, dtype, width, device)
 
 
-def query_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
+def query_tiles(dtype: torch.dtype, width: int, plain: bool, device: torch.device) -> Tiles:
     """For the gradient of queries."""
     if dtype == torch.float32:
         choices = [(64, 32, 4, 1)] if width <= 128 else []
+    elif not plain and width <= 128:
+        choices = [(64, 32, 4, 2), (64, 32, 4, 1)]
     else:
         choices = [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)]
     return _first_that_fits([*choices, _SMALLEST], 2, dtype, width, device)
 
 
-def key_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
+def key_tiles(dtype: torch.dtype, width: int, plain: bool, device: torch.device) -> Tiles:
     """For the gradients of keys and values."""
     if dtype == torch.float32:
         choices = [(32, 64, 4, 1)] if width <= 128 else []
+    elif not plain and width <= 128:
+        choices = [(32, 64, 4, 2)]
     elif width > 128:
         choices = [(64, 64, 4, 2), (64, 64, 4, 1)]
     else:
