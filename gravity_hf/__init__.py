@@ -11,9 +11,16 @@ _EXPORTS = {
     "CalibrationReport": ".integration.calibration_report",
     "GravityConfig": ".config",
     "GravityTrainer": ".training.optim",
+    "LGTConfig": ".models.lgt",
+    "LGTForCausalLM": ".models.lgt",
+    "LGTForSequenceClassification": ".models.lgt",
+    "LGTForTokenClassification": ".models.lgt",
+    "LGTModel": ".models.lgt",
     "SofteningAnnealing": ".training.annealing",
     "TransferSettings": ".training.transfer",
     "TransferTrainer": ".training.transfer",
+    "TriModel": ".models.trimodel",
+    "TriModelConfig": ".models.trimodel",
     "calibrate": ".integration.calibration",
     "gravity_attention": ".ops.api",
     "gravity_lora": ".training.lora",
@@ -53,3 +60,4 @@ importlib.import_module(".integration.publishing", __name__).set_publisher(_publ
 # `AutoModel.from_pretrained` must know the gravity model types as soon as this package is imported.
 _autos = importlib.import_module(".integration.autos", __name__)
 _autos.register()
+importlib.import_module(".models", __name__).register()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..config import GravityConfig
+from ..layers.observing import RowSample
 from ..layers.parameters import GravityTerms
 from ..ops.api import gravity_attention
 from ..ops.reference import (
@@ -110,7 +111,42 @@ class AttentionCall:
     def gravity_scores(self) -> Tensor:
         """`[B, H, Tq, Tk]` before softmax, at least float32; hidden keys at the lowest value. One
         more column where the host has sinks: the sink's score."""
+        return self._forces_and_scores(None)[1]
+
+    def rows(self, rows: Tensor) -> RowSample:
+        """Those query rows, int64 `[R]`, as `layers.observing` defines them; the scores are the
+        rows of `gravity_scores`."""
+        with torch.no_grad():
+            force, score = self._forces_and_scores(rows)
+            mask = self._mask_of(rows)
+            if mask is None:
+                visible = torch.ones_like(force[:1, :1], dtype=torch.bool)
+            else:
+                visible = split_mask(mask)[0].expand(-1, -1, *force.shape[-2:])
+            return RowSample(force, score, visible)
+
+    @property
+    def max_force(self) -> float | None:
+        """None: the law of converted hosts has no cap on forces."""
+        return None
+
+    @property
+    def force_cap(self) -> str:
+        """How `max_force` would cap."""
+        return "clamp"
+
+    def query_count(self) -> int:
+        """`Tq`."""
+        return self.query.shape[2]
+
+    def masses(self) -> Tensor:
+        """`[H]`, float32."""
+        return self.terms.mass.detach()
+
+    def _forces_and_scores(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the query rows `rows`, or all: `RowSample.force`, and `gravity_scores`."""
         query, key = self._upcast()
+        query = query if rows is None else query[:, :, rows]
         terms, radius_sq = self.terms, self.terms.key_radius_sq
         if radius_sq is not None:
             radius_sq = radius_sq.to(query.dtype).repeat_interleave(self._groups)
@@ -120,11 +156,13 @@ class AttentionCall:
             return gravity_score(distance_sq, mass, softening, self.config.law)
 
         score = law(squared_distance(query, key, radius_sq))
+        force = score.exp() if self.config.law == "power" and rows is not None else score
         softcap = self.host_terms.softcap
         if softcap is not None:
             score = soft_capped(score, law(neutral_distance(query, key, radius_sq)), softcap)
         origin = torch.zeros_like(key[:, :, :1])
-        return self._completed(score, law(squared_distance(query, origin, radius_sq)))
+        at_origin = law(squared_distance(query, origin, radius_sq))
+        return force, self._completed(score, at_origin, rows)
 
     def dot_product_scores(self) -> Tensor:
         """As `gravity_scores`, of the host: `scaling * q.k`, capped."""
@@ -144,9 +182,16 @@ class AttentionCall:
         dtype = compute_dtype(self.query.dtype)
         return self.query.to(dtype), self.key.to(dtype).repeat_interleave(self._groups, 1)
 
-    def _completed(self, score: Tensor, at_origin: Tensor) -> Tensor:
+    def _mask_of(self, rows: Tensor | None) -> Tensor | None:
+        """Mask and bias of the query rows `rows`, or of all, as one tensor."""
+        mask = self.host_terms.folded_mask
+        if mask is None or rows is None or mask.shape[-2] == 1:
+            return mask
+        return mask[..., rows.to(mask.device), :]
+
+    def _completed(self, score: Tensor, at_origin: Tensor, rows: Tensor | None = None) -> Tensor:
         """Scores under mask and bias; `at_origin` `[B, H, Tq, 1]` is what a sink adds to."""
-        mask, sinks = self.host_terms.folded_mask, self.host_terms.sinks
+        mask, sinks = self._mask_of(rows), self.host_terms.sinks
         if mask is not None:
             visible, bias = split_mask(mask)
             if bias is not None:
@@ -154,7 +199,10 @@ class AttentionCall:
             score = score.masked_fill(~visible, torch.finfo(score.dtype).min)
         if sinks is None:
             return score
-        sinks = sinks[:, None] if sinks.dim() == 1 else sinks
+        if sinks.dim() == 1:
+            sinks = sinks[:, None]
+        elif rows is not None:
+            sinks = sinks[..., rows.to(sinks.device)]
         return torch.cat([score, at_origin + sinks.to(score.dtype).unsqueeze(-1)], -1)
 
 

@@ -1,0 +1,114 @@
+"""Who sees whom: masks, packed documents and fixed-size caches, as the operator takes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Visibility(NamedTuple):
+    """Arguments of `gravity_attention`: `causal`; `mask`, broadcastable to `[B, H, Tq, Tk]`;
+    `key_ranges` int32 `[B, Tq, 2]`; `exclude_self`."""
+
+    causal: bool = False
+    mask: Tensor | None = None
+    key_ranges: Tensor | None = None
+    exclude_self: bool = False
+
+
+def is_traced() -> bool:
+    """In a graph, which must not look at values."""
+    return torch.compiler.is_compiling()
+
+
+def visibility(
+    *,
+    causal: bool,
+    exclude_self: bool,
+    attention_mask: Tensor | None,
+    keys: int,
+    slots: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Visibility:
+    """What the queries of one forward see.
+
+    Args:
+        causal: a token sees what stands before it.
+        exclude_self: a token does not see itself, unless it sees no other.
+        attention_mask: `[B, Tk]`, 0 for padding; or `[B|1, H|1, Tq, Tk]`, bool (True = attend) or
+            added to the scores, which then decides alone, causality included.
+        keys: `Tk`.
+        slots: int64 `[Tq]`, where the queries stand among the keys of a cache of fixed size; None:
+            they are the last ones.
+        packed: position ids `[B, T]` that may start again, each time with a new document.
+    """
+    mask, ranges = _as_4d(attention_mask, keys), None
+    decides_alone = attention_mask is not None and attention_mask.dim() == 4
+    causal = causal and not decides_alone
+    if packed is not None and packed.dim() == 2:
+        ranges = _documents(packed)
+    if slots is None:
+        return Visibility(causal, mask, ranges, exclude_self)
+    key = torch.arange(keys, device=slots.device)
+    if causal:
+        written = (key <= slots[:, None])[None, None]
+        mask = written if mask is None else mask & written
+    if exclude_self:
+        mask = _without_own(mask, key == slots[:, None])
+    return Visibility(False, mask, ranges, False)
+
+
+def _as_4d(mask: Tensor | None, keys: int) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask: expected [B, {keys}], or [B, 1, Tq, {keys}], got {got}. Give one "
+            "entry per token, 0 for padding"
+        )
+    # Of a cache with a fixed size, the mask may cover the filled part only.
+    missing = keys - mask.shape[-1]
+    if missing < 0 or (mask.dim() == 4 and missing):
+        raise ValueError(
+            f"attention_mask: expected {keys} keys in its last dimension, got {mask.shape[-1]}. "
+            "With a cache it covers the cached tokens, too"
+        )
+    if mask.dim() == 4:
+        return mask
+    mask = torch.nn.functional.pad(mask != 0, (0, missing))
+    if not is_traced() and bool(mask.all()):
+        return None
+    return mask[:, None, None]
+
+
+def _documents(position_ids: Tensor) -> Tensor | None:
+    """Key ranges `[B, T, 2]` of documents packed into a row: one starts wherever positions do not
+    go on growing. None: there is one document."""
+    length = position_ids.shape[1]
+    index = torch.arange(length, device=position_ids.device).expand_as(position_ids)
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+    if not is_traced() and not bool(starts[:, 1:].any()):
+        return None
+    start = torch.where(starts, index, 0).cummax(-1).values
+    # The next start to the right, found from the end.
+    ends = torch.where(starts, index, length).flip(-1).cummin(-1).values.flip(-1)
+    last = torch.full_like(ends[:, :1], length)
+    stop = torch.cat([ends[:, 1:], last], -1)
+    return torch.stack([start, stop], -1).to(torch.int32)
+
+
+def _without_own(mask: Tensor | None, own: Tensor) -> Tensor:
+    """`mask` less the pairs `own` `[Tq, Tk]` of queries that see another key."""
+    if mask is None:
+        return ~own[None, None]
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask: expected bool beside exclude_self and a cache of fixed size, got "
+            f"{mask.dtype}. Give True where a token may attend"
+        )
+    others = mask & ~own
+    return others | (mask & own & ~others.any(-1, keepdim=True))
