@@ -1,0 +1,122 @@
+"""Whether a ledger's file is what was logged."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from .chain import GENESIS, Head, check_line, is_chained
+from .ledger_file import LedgerError, beside, locked, read_head
+
+
+@dataclass(frozen=True)
+class LedgerReport:
+    """What `verify` found.
+
+    Attributes:
+        path: the file.
+        lines: complete lines that were read; up to the first that breaks the chain.
+        unchained: how many of them, at the beginning, are from before there was a chain. They are
+            covered as one block: the first chained line holds their hash.
+        hash: of the last line that holds.
+        line: 1-based, where the chain breaks; None where it does not, or where the file as a whole
+            is at fault.
+        reason: what is wrong, in words; None: nothing is.
+    """
+
+    path: Path
+    lines: int
+    unchained: int
+    hash: str
+    line: int | None = None
+    reason: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the whole file holds."""
+        return self.reason is None
+
+    def __str__(self) -> str:
+        if self.reason is None:
+            old = f", the first {self.unchained} without a chain" if self.unchained else ""
+            return f"{self.path}: {self.lines} lines{old}: the chain holds, its end {self.hash}"
+        where = "" if self.line is None else f"line {self.line} "
+        return f"{self.path}: {where}{self.reason}"
+
+
+def verify(path: str | os.PathLike[str], *, anchor: tuple[int, str] | None = None) -> LedgerReport:
+    """Read a ledger's file from the beginning and check every line. Changes nothing.
+
+    Found are lines that were edited, removed, inserted, moved or cut off, and a torn last line.
+    Not found is what somebody did who rewrote the file and its `.head` together: only a head that
+    was noted elsewhere (`anchor`) shows that. Lines added at the end in the right form are what
+    every process that logs adds; they are no fault.
+
+    Args:
+        anchor: `(count, hash)` of `Ledger.head` at some time, kept where nobody could change it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise FileNotFoundError(f"verify: expected the file of a ledger, got {str(path)!r}")
+    with ExitStack() as stack:
+        # Somewhere that cannot be written to, nobody appends.
+        if os.access(path.parent, os.W_OK):
+            stack.enter_context(locked(path))
+        try:
+            head = read_head(path)
+        except LedgerError as error:
+            return LedgerReport(path, 0, 0, GENESIS, reason=str(error))
+        return _Reading(path, head, anchor).report()
+
+
+class _Reading:
+    """One pass over the file."""
+
+    def __init__(self, path: Path, head: Head | None, anchor: tuple[int, str] | None) -> None:
+        self.path = path
+        self.anchors = [("its .head", head.count, head.hash)] if head is not None else []
+        if anchor is not None:
+            self.anchors.append(("the anchor", *anchor))
+        self.has_head = head is not None
+        self.lines, self.unchained, self.hash = 0, 0, GENESIS
+
+    def report(self) -> LedgerReport:
+        prefix = hashlib.sha256()
+        with self.path.open("rb") as file:
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    return self._broken("is torn: a crash while it was written, or a cut")
+                if self.lines == self.unchained and not is_chained(raw):
+                    prefix.update(raw)
+                    self.unchained, self.hash = self.unchained + 1, prefix.hexdigest()
+                else:
+                    self.hash, reason = check_line(raw[:-1], self.lines, self.hash)
+                    if reason is not None:
+                        return self._broken(reason)
+                self.lines += 1
+                for name, count, expected in self.anchors:
+                    # Old lines are anchored as a block, at its end.
+                    if count == self.lines and expected != self.hash:
+                        return self._broken(f"has another hash than {name} says", self.lines)
+        return self._whole()
+
+    def _whole(self) -> LedgerReport:
+        for name, count, _ in self.anchors:
+            if count > self.lines:
+                return self._broken(
+                    f"expected {count} lines by {name}, got {self.lines}: cut short", whole=True
+                )
+        if not self.has_head and self.lines > self.unchained:
+            reason = f"expected {beside(self.path, 'head').name} beside it, got none: lines may be"
+            return self._broken(f"{reason} missing at the end", whole=True)
+        return LedgerReport(self.path, self.lines, self.unchained, self.hash)
+
+    def _broken(self, reason: str, line: int | None = None, whole: bool = False) -> LedgerReport:
+        at = None if whole else line or self.lines + 1
+        return LedgerReport(self.path, self.lines, self.unchained, self.hash, at, reason)
