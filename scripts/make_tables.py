@@ -30,6 +30,11 @@ from gravity_hf.integration.support_table import (
 from gravity_hf.training.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "scripts")]
+
+import lgt_tables  # noqa: E402
+from table_text import benchmark_conditions, markdown  # noqa: E402
+
 RESULTS = ROOT / "scripts" / "experiments" / "results"
 BENCHMARKS = ROOT / "scripts" / "benchmark" / "results"
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
@@ -47,12 +52,6 @@ def mean_and_spread(values: Iterable[float], signed: bool = False) -> str:
     values = list(values)
     mean = f"{statistics.fmean(values):{'+' if signed else ''}.4f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
-
-
-def markdown(headers: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose other columns are numbers."""
-    rule = ["---", *["---:"] * (len(headers) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [headers, rule, *rows]) + "\n"
 
 
 def by_seed(rows: Rows, arm: str, rate: float | None = None) -> dict[int, dict[str, Any]]:
@@ -265,7 +264,7 @@ def kernels(folder: Path = BENCHMARKS) -> str:
     ]
     times = _times([row for row in rows if row["launch"] == "eager"], keys=4096, width=128)
     lines = [line for report in reports for line in report["targets"]]
-    ends = (_benchmark_conditions(report["conditions"]) for report in reports)
+    ends = (benchmark_conditions(report["conditions"]) for report in reports)
     return times + "\n" + _targets(lines) + "\n" + "\n".join(dict.fromkeys(ends)) + "\n"
 
 
@@ -273,7 +272,7 @@ def cpu_cost(folder: Path = BENCHMARKS) -> str:
     """The operator beside SDPA on a CPU, at one length."""
     known = json.loads((folder / "cpu_float32.json").read_text(encoding="utf-8"))["conditions"]
     rows = read_csv("cpu_float32.csv", folder)
-    return _times(rows, keys=8192) + "\n" + _benchmark_conditions(known) + "\n"
+    return _times(rows, keys=8192) + "\n" + benchmark_conditions(known) + "\n"
 
 
 def read_csv(name: str, folder: Path = BENCHMARKS) -> Rows:
@@ -342,14 +341,6 @@ def _targets(lines: Rows) -> str:
     return markdown(["target", "at least", "aim", "measured", "verdict"], table)
 
 
-def _benchmark_conditions(known: dict[str, Any]) -> str:
-    versions = known["versions"]
-    names = {"torch": "torch", "triton": "Triton", "cudnn": "cuDNN"}
-    parts = [f"{title} {versions[name]}" for name, title in names.items() if versions[name]]
-    commit = f"commit {known['commit'][:10]}"
-    return ", ".join([known["device"], *parts, commit, known["date"][:10]]) + "."
-
-
 def _conditions(rows: Rows) -> str:
     known = rows[-1]["conditions"]
     versions = known["versions"]
@@ -413,7 +404,7 @@ def formats(folder: Path = BENCHMARKS) -> str:
         table.append([row["model"], row["format"], size, error, *shown])
     return (
         markdown([*headers, "1 − mean cosine"], table)
-        + f"\n{_benchmark_conditions(result['conditions'])}\n"
+        + f"\n{benchmark_conditions(result['conditions'])}\n"
     )
 
 
@@ -426,10 +417,12 @@ def space(folder: Path = BENCHMARKS) -> str:
         for row in result["rows"]
     ]
     headers = ["seconds per answer", "answers", "median", "longest", "CPU, median"]
-    return markdown(headers, table) + f"\n{_benchmark_conditions(result['conditions'])}\n"
+    return markdown(headers, table) + f"\n{benchmark_conditions(result['conditions'])}\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "lgt-presets": lambda: lgt_tables.presets_text(BENCHMARKS),
+    "lgt-speed": lambda: lgt_tables.speed_text(BENCHMARKS),
     "parallel": parallel,
     "formats": formats,
     "space": space,

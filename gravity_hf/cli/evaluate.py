@@ -60,6 +60,11 @@ def evaluate(
 
         gravity-hf evaluate out --stride 64 --prompt "Gravity is" --out out/evaluation.json
     """
+    from .hosts import require_causal
+
+    for name in (model, against):
+        if name is not None:
+            require_causal(Path(name).expanduser(), "evaluate")
     from ..training.evaluation_run import EvaluationArguments, run_evaluation
 
     arguments = EvaluationArguments(

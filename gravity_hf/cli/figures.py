@@ -74,6 +74,7 @@ def figures(
 
         gravity-hf figures out -o pictures --against Qwen/Qwen2.5-0.5B --theme both --interactive
     """
+    from ..hub.own_models import is_own_folder
     from ..integration.loading import load_gravity_model
     from ..training.any_model import load_any_tokenizer
     from ..viz.export import write_figures
@@ -87,6 +88,13 @@ def figures(
         raise ValueError(
             f"DIR: expected a folder of a gravity model or adapter, there is none at "
             f"{str(directory)!r}. Make one with: gravity-hf convert MODEL OUT"
+        )
+    if is_own_folder(directory):
+        raise ValueError(
+            f"figures: expected a host with gravity in it, whose queries and keys are drawn; "
+            f"{str(directory)!r} is a model whose tokens have positions instead, and none of its "
+            "figures are made here. Its constants, layer by layer: gravity-hf status "
+            f"{directory}"
         )
     quiet_libraries()
     console = make_console()

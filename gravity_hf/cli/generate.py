@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .console import make_console, quiet_libraries
-from .hosts import load_tokenizer
+from .hosts import load_tokenizer, require_causal
 
 _ADAPTER = "adapter_config.json"
 
@@ -33,12 +33,13 @@ def generate(
 
         gravity-hf generate out "Gravity is" --max-new-tokens 50 --temperature 0
     """
-    from ..integration.loading import load_gravity_model
+    from ..hub.own_models import load_own_or_gravity
     from ..training.samples import generation_samples
 
     require_model_folder(directory)
+    require_causal(directory, "generate")
     quiet_libraries()
-    model = load_gravity_model(directory)
+    model = load_own_or_gravity(directory)
     if not hasattr(model, "generate") or not model.can_generate():
         raise ValueError(
             f"generate: expected a model that writes text, got {type(model).__name__}. "

@@ -23,6 +23,7 @@ def load_host(
     import torch
     import transformers
 
+    from ..hub.own_models import is_own_config
     from ..integration.loading import model_class_of
 
     if dtype not in DTYPES:
@@ -43,6 +44,12 @@ def load_host(
             f"{argument}: expected a model with dot-product attention, {name!r} already is a "
             f"gravity model. Look at it with: gravity-hf status {name}"
         )
+    if is_own_config(config):
+        raise ValueError(
+            f"{argument}: expected a model with dot-product attention, {name!r} is a "
+            f"{config.model_type}, gravity from the start: there is nothing to convert. Look at "
+            f"it with: gravity-hf status {name}"
+        )
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = model_class_of(config).from_pretrained(name, dtype=kind, **options)
     return (model if "device_map" in options else model.to(device)).eval()
@@ -59,6 +66,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"({_first_sentence(error)}). Save one there with tokenizer.save_pretrained, or "
             "calibrate in Python with your own batches: gravity_hf.calibrate(model, batches)"
         ) from error
+
+
+def require_causal(folder: Path, verb: str) -> None:
+    """Refuse a language model of our own that sees the tokens which it would be asked for."""
+    from ..hub.own_models import is_own_folder, own_config
+
+    if not is_own_folder(folder):
+        return
+    config = own_config(folder)
+    kind = (config.architectures or [config.model_type])[0]
+    if kind.endswith("ForCausalLM") and not getattr(config, "is_causal", True):
+        raise ValueError(
+            f"{verb}: expected a causal model, {str(folder)!r} holds {kind} with is_causal=False, "
+            "which sees the tokens that it is asked for. Train one with LGTConfig(is_causal=True)"
+        )
 
 
 def require_text_model(model: PreTrainedModel) -> bool:

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evaluate, export, figures, generate, lm_eval, push, serve_model, status, support
+from . import (
+    evaluate,
+    export,
+    figures,
+    generate,
+    ledger,
+    lm_eval,
+    push,
+    serve_model,
+    status,
+    support,
+)
 from .console import make_console
 from .convert import command as convert
 from .demo import command as demo
@@ -110,6 +121,7 @@ app.command(name="figures")(figures.figures)
 app.command(name="export")(export.export)
 app.command(name="push")(push.push)
 app.command(name="support")(support.support)
+app.add_typer(ledger.ledger, name="ledger")
 app.command(name="lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
 app.command(name="serve-model", context_settings=serve_model.PASS_ON)(serve_model.serve_model)
 

@@ -26,6 +26,9 @@ def status(
 
         gravity-hf status out
     """
+    from ..hub.own_models import is_own_folder
+    from .own_status import show_own_model
+
     console = make_console()
     if (directory / "adapter_config.json").is_file():
         _show_adapter(console, directory)
@@ -36,7 +39,9 @@ def status(
             f"{str(directory)!r}. Make a gravity model with: gravity-hf convert MODEL OUT"
         )
     config = read_json(directory / "config.json")
-    if "gravity" in config:
+    if is_own_folder(directory):
+        show_own_model(console, directory, config)
+    elif "gravity" in config:
         _show_gravity_model(console, directory, config)
     else:
         _show_plain_model(console, directory, config)

@@ -70,11 +70,16 @@ def _row(layer: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, suffix, readable in _QUANTITIES:
         tensor = tensors.get(layer + suffix)
-        row[key] = None if tensor is None else _spread(layer, key, readable(tensor.float()))
+        row[key] = None if tensor is None else spread(layer, key, readable(tensor.float()))
     return row
 
 
-def _spread(layer: str, key: str, values: Tensor) -> dict[str, Any]:
+def spread(layer: str, key: str, values: Tensor) -> dict[str, Any]:
+    """`count`, `lowest`, `median` and `highest` of the values of a layer.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
     numbers = values.flatten().tolist()
     if not all(map(math.isfinite, numbers)):
         raise ValueError(

@@ -14,6 +14,9 @@ from .card_attribution import citation, licence
 from .card_facts import complete, facts_of_folder
 from .card_figures import FOLDER, read_figures
 from .card_law import constants, law_text, layer_table
+from .card_lgt import complete_lgt, facts_of_lgt, is_lgt_folder, is_lgt_results
+from .card_lgt_text import metadata as lgt_metadata
+from .card_lgt_text import parts as lgt_parts
 from .card_limits import limits, software
 from .card_metadata import metadata
 from .card_tables import measured
@@ -36,7 +39,7 @@ def write_card(
         figures: folder of pictures below the target's. Default: `figures` beside the source.
     """
     is_folder = source.is_dir()
-    facts = facts_of_folder(source) if is_folder else complete(read_json(source))
+    facts = _facts_of_folder(source) if is_folder else _complete(read_json(source))
     if figures is None:
         figures = (source if is_folder else source.parent) / FOLDER
         shown = FOLDER
@@ -47,13 +50,13 @@ def write_card(
 
 
 def model_card(results: dict[str, Any], name: str) -> ModelCard:
-    """The card of a conversion, without pictures.
+    """The card of a conversion, or of an LGT, without pictures.
 
     Args:
-        results: as `gravity-hf convert` writes them to results.json.
+        results: as `gravity-hf convert` writes them to results.json; of an LGT with its config.
         name: of the model; the title.
     """
-    return _card(complete(results), name, [])
+    return _card(_complete(results), name, [])
 
 
 def card_of_folder(
@@ -63,7 +66,8 @@ def card_of_folder(
     its settings and tensors, which say nothing of its quality: "not measured".
 
     Args:
-        folder: as `save_pretrained` or `gravity-hf convert` wrote it; pictures in its `figures`.
+        folder: as `save_pretrained` or `gravity-hf convert` wrote it, or a saved LGT; pictures in
+            its `figures`.
         name: of the model, such as `me/my-model`; the title.
         host: folder or Hub name of the host, where the folder does not record it.
         online: whether the Hub may be asked for the host's card, for its licence.
@@ -71,31 +75,51 @@ def card_of_folder(
     Raises:
         ValueError: no gravity model or adapter, or files that cannot be read.
     """
-    facts = facts_of_folder(folder, host, online=online)
+    facts = _facts_of_folder(folder, host, online=online)
     return _card(facts, name, read_figures(folder / FOLDER))
+
+
+def _facts_of_folder(
+    folder: Path, host: str | None = None, *, online: bool = True
+) -> dict[str, Any]:
+    if is_lgt_folder(folder):
+        return facts_of_lgt(folder)
+    return facts_of_folder(folder, host, online=online)
+
+
+def _complete(results: dict[str, Any]) -> dict[str, Any]:
+    return complete_lgt(results) if is_lgt_results(results) else complete(results)
 
 
 def _card(facts: dict[str, Any], name: str, figures: list[dict[str, str]]) -> ModelCard:
     template = resources.files(_CARDS_PACKAGE).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    is_lgt = is_lgt_results(facts)
     return ModelCard.from_template(
-        metadata(facts, name),
+        lgt_metadata(facts, name) if is_lgt else metadata(facts, name),
         template_str=template,
         title=name,
-        introduction=introduction(facts),
-        version=facts["gravity_hf"],
-        law_text=law_text(facts),
-        constants=constants(facts),
-        layers=layer_table(facts),
-        changes=changes(facts),
-        recipe=recipe(facts),
-        measured=measured(facts),
-        samples=samples(facts),
-        conditions=conditions(facts),
-        command=command(facts),
         figures=figures,
-        loading=loading(facts, name),
-        limits=limits(facts),
-        software=software(facts),
-        licence=licence(facts),
-        citation=citation(facts),
+        **(lgt_parts(facts, name) if is_lgt else _parts(facts, name)),
     )
+
+
+def _parts(facts: dict[str, Any], name: str) -> dict[str, Any]:
+    return {
+        "introduction": introduction(facts),
+        "version": facts["gravity_hf"],
+        "law_text": law_text(facts),
+        "constants": constants(facts),
+        "layers": layer_table(facts),
+        "changes_title": "What was changed",
+        "changes": changes(facts),
+        "recipe": recipe(facts),
+        "measured": measured(facts),
+        "samples": samples(facts),
+        "conditions": conditions(facts),
+        "command": command(facts),
+        "loading": loading(facts, name),
+        "limits": limits(facts),
+        "software": software(facts),
+        "licence": licence(facts),
+        "citation": citation(facts),
+    }

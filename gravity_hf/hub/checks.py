@@ -14,7 +14,9 @@ from ..integration.guards import EXPORT_NAME, GRAVITY_LORA, WEIGHTS_KEY
 from ..integration.hosts import make_child, select_sites
 from ..integration.remote_code import REMOTE_CODE_MODULE
 from ..integration.sites import find_attention_sites
+from .card_lgt import is_lgt_folder
 from .contents import contents_of
+from .own_models import is_own_folder, own_config
 from .secret_files import refuse_unsafe
 from .skeleton import CHILD, skeleton
 from .tensor_files import Shapes, read_json, shapes_of_export
@@ -63,6 +65,9 @@ def is_adapter(folder: Path) -> bool:
 def _check_model(folder: Path) -> None:
     values = read_json(folder / CONFIG_FILE)
     model_type = str(values.get("model_type"))
+    if is_own_folder(folder):
+        _check_own_model(folder)
+        return
     if not model_type.startswith(MODEL_TYPE_PREFIX):
         raise ValueError(
             f"{folder}: expected model_type {MODEL_TYPE_PREFIX}..., which software without gravity "
@@ -76,6 +81,19 @@ def _check_model(folder: Path) -> None:
     _check_remote_code(folder, values)
     found = _gravity_tensors(shapes_of_export(folder, "model"))
     _compare(folder, _expected_tensors(AutoConfig.from_pretrained(folder)), found)
+
+
+def _check_own_model(folder: Path) -> None:
+    """A model type of its own, which nothing else could run: its weights are what is asked for."""
+    config = own_config(folder)
+    if not is_lgt_folder(folder):
+        raise ValueError(
+            f"{folder}: expected a converted host or an LGT, got model type "
+            f"{config.model_type!r}, which no card is made for. Push it as it is, with a README.md "
+            "of yours: huggingface_hub.upload_folder(folder_path=..., repo_id=...)"
+        )
+    found = _gravity_tensors(shapes_of_export(folder, "model"))
+    _compare(folder, _expected_tensors(config), found)
 
 
 def _settings(folder: Path, file: str, values: dict[str, Any]) -> GravityConfig:

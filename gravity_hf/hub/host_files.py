@@ -15,6 +15,7 @@ from .card_host import read_host_card
 from .checks import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from .file_names import RESULTS_FILE
 from .input_files import MARKS
+from .own_models import is_own_folder
 from .tensor_files import read_json
 
 # Nothing of that name, no network, a gated repository, a name that is none.
@@ -38,6 +39,12 @@ def save_host_files(export: Path, model: Any, target: Path, access: Access) -> l
         model: the model that was exported; None where there is only the folder.
     """
     source = _source_name(export, model)
+    if is_own_folder(export) and not (source and Path(source).expanduser().is_dir()):
+        # It has no host: only the folder that it was loaded from could have one.
+        return [
+            "no tokenizer or processor: pass tokenizer=... or processor=..., or save one in the "
+            "folder"
+        ]
     if not source:
         return [
             "no tokenizer or processor: the host's name is not recorded. Pass tokenizer=... or "
@@ -74,6 +81,8 @@ def host_name(export: Path, model: Any, access: Access) -> str | None:
         model: the model that was exported; None where there is only the folder.
     """
     name = _source_name(export, model)
+    if is_own_folder(export):
+        return None
     if (export / ADAPTER_CONFIG_FILE).is_file():
         # An adapter's base is what it was trained on, gravity or not.
         return name

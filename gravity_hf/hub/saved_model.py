@@ -13,6 +13,7 @@ from ..integration.hosts import settings_of
 from ..integration.patching import refuse_wrapped
 from .checks import ADAPTER_CONFIG_FILE, CONFIG_FILE, check_export, is_adapter
 from .file_names import CARD_FILE
+from .own_models import is_own_model, own_settings
 from .tensor_files import read_json
 
 _WHAT = "push_gravity_model"
@@ -86,6 +87,13 @@ def _parts(model: nn.Module) -> tuple[Any, Any]:
     """The PeftModel, if it is one, and the patched model."""
     adapter: Any = model if hasattr(model, "get_base_model") else None
     base: Any = model if adapter is None else adapter.get_base_model()
+    if adapter is None and is_own_model(base):
+        return None, base
+    if is_own_model(base):
+        raise TypeError(
+            f"{_WHAT}: expected {type(base).__name__} without adapters, got a PeftModel. Merge it "
+            "first: model.merge_and_unload()"
+        )
     if settings_of(base) is None:
         if adapter is None:
             refuse_wrapped(model, _WHAT, "push the model that is inside")
@@ -102,10 +110,21 @@ def _check_fits(model: nn.Module, base: Any, export: Path) -> None:
     values = read_json(export / (ADAPTER_CONFIG_FILE if is_adapter(export) else CONFIG_FILE))
     kind = values.get("model_type")
     fits = is_adapter(export) == adapter and (adapter or kind == type(base.config).model_type)
-    if not fits or GravityConfig.from_dict(values["gravity"]) != settings_of(base):
+    if not fits or _settings_in(values, base) != _settings_of(base):
         what = "an adapter" if is_adapter(export) else f"a model of type {kind}"
         raise ValueError(
             f"{_WHAT}: expected in folder={str(export)!r} what this "
             f"{type(base).__name__} was saved as, got {what} with other settings. Leave out "
             "folder, and the model is saved"
         )
+
+
+def _settings_in(values: dict[str, Any], base: Any) -> Any:
+    """Of a model like `base`, from its config.json."""
+    if is_own_model(base):
+        return own_settings(type(base.config).from_dict(values))
+    return GravityConfig.from_dict(values["gravity"])
+
+
+def _settings_of(base: Any) -> Any:
+    return own_settings(base.config) if is_own_model(base) else settings_of(base)

@@ -23,6 +23,7 @@ from .extras import Extras, check_extras, given_results, missing_block
 from .file_names import CARD_FILE, FIGURES_FOLDER, RESULTS_FILE
 from .host_files import Access, host_name, save_host_files
 from .input_files import has_inputs, is_processor_file, is_tokenizer_file
+from .own_models import is_own_folder
 from .saved_model import exported
 from .secret_files import refuse_unsafe
 from .skeleton import masses_alone
@@ -180,6 +181,9 @@ def _add_figures(
         folder = Path(figures).expanduser()
         refuse_unsafe(folder, contents_of(folder).files)
         shutil.copytree(folder, target)
+        return []
+    if is_own_folder(place.export):
+        # Those that are drawn show what a host's queries and keys do.
         return []
     if figures is False or any(path.startswith(f"{FIGURES_FOLDER}/") for path in own):
         return []

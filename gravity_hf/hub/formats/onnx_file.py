@@ -66,6 +66,8 @@ def run_onnx(source: Source, file: Path) -> Runner:
     options = onnxruntime.SessionOptions()
     # Its warnings are of its own optimiser.
     options.log_severity_level = 3
+    # As many as torch takes, so that times beside each other are of equal means.
+    options.intra_op_num_threads = torch.get_num_threads()
     with plain_errors(source, "onnxruntime cannot run the file of"):
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]

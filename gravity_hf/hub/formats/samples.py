@@ -56,10 +56,10 @@ def make_samples(
         paragraphs = prose_paragraphs(read_texts(_list(files)))
         batches = _tokenized(source, tokenizer, paragraphs, count, length, seed)
         return Samples(
-            [_completed(source, batch) for batch in batches],
+            [completed(source, batch) for batch in batches],
             f"{count} paragraphs of at most {length} tokens of {_origin(files)}, seed {seed}",
         )
-    batches = [_completed(source, batch) for batch in _padded(source, rows)]
+    batches = [completed(source, batch) for batch in _padded(source, rows)]
     return Samples(batches, f"{count} windows of at most {length} tokens of {what}, seed {seed}")
 
 
@@ -141,9 +141,9 @@ def _tokenized(
     return batches
 
 
-def _completed(source: Source, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the inputs that the model's software usually gives: an encoder-decoder's second text,
-    and the segments of a model that tells them apart."""
+def completed(source: Source, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of text with the inputs that the model's software usually gives: the second text of
+    an encoder-decoder, and the segments of a model that tells them apart."""
     if source.kind == "encoder-decoder":
         return {**batch, "decoder_input_ids": batch["input_ids"]}
     segments = getattr(source.model.config, "type_vocab_size", 0) or 0

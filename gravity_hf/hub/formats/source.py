@@ -18,8 +18,14 @@ from transformers import PreTrainedModel
 
 from ...config import GravityConfig
 from ...integration.hosts import gravity_modules, settings_of
-from ...integration.loading import load_gravity_model
 from ...training.folders import WEIGHTS
+from ..own_models import (
+    OwnSettings,
+    is_own_config,
+    is_own_model,
+    load_own_or_gravity,
+    own_settings,
+)
 
 # Inputs of towers beside the text, by which a model is known to be multimodal.
 _OTHER_TOWERS = ("pixel_values", "input_features", "input_values", "pixel_values_videos")
@@ -34,13 +40,13 @@ class Source:
         model: the model; ours alone.
         kind: `"decoder"` (writes text with a cache), `"encoder"` (one pass over text),
             `"vision"` (one pass over images) or `"encoder-decoder"`.
-        settings: its gravity settings.
+        settings: its gravity settings: a patched host's, or those of a model of our own.
     """
 
     folder: Path
     model: PreTrainedModel
     kind: str
-    settings: GravityConfig
+    settings: GravityConfig | OwnSettings
 
     @property
     def model_type(self) -> str:
@@ -97,7 +103,7 @@ def _require_model(folder: Path) -> None:
 
 
 def source_of(model: PreTrainedModel, folder: Path) -> Source:
-    settings = settings_of(model)
+    settings = _settings(model)
     if settings is None:
         raise ValueError(
             f"export: expected a gravity model, got {type(model).__name__} with dot-product "
@@ -106,10 +112,18 @@ def source_of(model: PreTrainedModel, folder: Path) -> Source:
     return Source(folder, model, kind_of(model), settings)
 
 
+def _settings(model: nn.Module) -> GravityConfig | OwnSettings | None:
+    if is_own_model(model):
+        return own_settings(model.config)
+    return settings_of(model)
+
+
 def load_runnable(folder: Path, **options: Any) -> PreTrainedModel:
     """The model of a folder, run by the implementation that this machine has, whichever its
-    settings name; they stay as they are in `model.config`."""
-    model = load_gravity_model(folder, **options).eval()
+    settings name; a host's stay as they are in `model.config`."""
+    model = load_own_or_gravity(folder, **options).eval()
+    if is_own_config(model.config):
+        model.config.implementation = "auto"
     for module in gravity_modules(model).values():
         module.config = replace(module.config, implementation="auto")
     return model
@@ -126,7 +140,7 @@ def folder_of(model_or_folder: nn.Module | str | os.PathLike) -> Iterator[Path]:
             "export: expected a merged model, got one with adapters. Merge them first: "
             "model.merge_and_unload()"
         )
-    if settings_of(model_or_folder) is None:
+    if _settings(model_or_folder) is None:
         raise ValueError(
             f"export: expected a gravity model, got {type(model_or_folder).__name__}. Convert it "
             "first: patch_with_gravity(model), calibrate(model, ...)"
@@ -142,10 +156,18 @@ def kind_of(model: PreTrainedModel) -> str:
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         return "encoder-decoder"
     main = model.main_input_name
+    if main == "input_ids" and model.get_input_embeddings() is None:
+        raise ValueError(
+            f"export: expected a model that reads tokens, got {type(model).__name__} without a "
+            "vocabulary, which takes inputs_embeds and has no export. Use it in transformers: "
+            "model.save_pretrained(folder)"
+        )
     if main == "pixel_values" and hasattr(model.config, "image_size"):
         return "vision"
     if main == "input_ids" and not accepted & set(_OTHER_TOWERS):
-        return "decoder" if model.can_generate() else "encoder"
+        # One that sees what comes later has no cache, whatever its class could do.
+        looks_ahead = is_own_config(model.config) and not getattr(model.config, "is_causal", True)
+        return "decoder" if model.can_generate() and not looks_ahead else "encoder"
     raise ValueError(
         f"export: expected a model of text or of images alone, got {type(model).__name__}, which "
         f"takes {main} and has no export. Use it in transformers: model.save_pretrained(folder)"

@@ -11,11 +11,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..card_tensors import gravity_tensors
+from ..own_models import is_own_config
 from .programs import plain_errors
 from .running import Runner, runner_of_model
 from .source import Source, load_runnable
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# In models of our own: linear maps to masses, and heads, which keep their dtype as a host's do.
+# Patterns, matched from the beginning of a name.
+_KEPT = [r".*\.gravity", "lm_head", "score", "classifier"]
 
 
 def write_weights(
@@ -31,7 +35,7 @@ def write_weights(
         The folder, ready to run; for `int8` how many `layers` have 8-bit weights, `of` how many
         linear ones.
     """
-    model = load_runnable(source.folder, **_options(format))
+    model = load_runnable(source.folder, **_options(format, is_own_config(source.model.config)))
     quantised = _require_quantised(model) if format == "int8" else None
     model.save_pretrained(folder)
     _require_equal_masses(source.folder, folder)
@@ -55,13 +59,14 @@ def _require_quantised(model: PreTrainedModel) -> dict[str, int]:
     return {"layers": layers, "of": len(linear)}
 
 
-def _options(format: str) -> dict[str, Any]:
+def _options(format: str, own: bool) -> dict[str, Any]:
     if format in _HALF:
         return {"dtype": _HALF[format]}
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig(version=2))}
+    kept = {"modules_to_not_convert": _KEPT} if own else {}
+    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig(version=2), **kept)}
 
 
 def _require_equal_masses(source: Path, target: Path) -> None:

@@ -1,0 +1,64 @@
+"""`gravity-hf ledger`: whether the log of an agent is what was logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import make_console
+
+EXIT_BROKEN = 1
+
+ledger = typer.Typer(
+    help="Look after the ledgers that gravity models log to.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+@ledger.callback()
+def _verbs() -> None:
+    pass
+
+
+@ledger.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A ledger's .jsonl file.")],
+    anchor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COUNT:HASH",
+            help="Where the ledger ended at some time, noted elsewhere; shows even a rewritten "
+            "file.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Check every line of FILE: edited, removed, inserted, moved or cut off.
+
+    Changes nothing. Exit code 0 where the chain holds, 1 where it does not.
+
+    Example:
+
+        gravity-hf ledger verify run/ledger.jsonl
+    """
+    from ..runtime.verification import verify as check
+
+    report = check(file, anchor=None if anchor is None else _parsed(anchor))
+    make_console().print(str(report), markup=False)
+    if not report.ok:
+        raise typer.Exit(EXIT_BROKEN)
+    if report.lines:
+        make_console().print(f"  anchor: {report.lines}:{report.hash}", markup=False)
+
+
+def _parsed(anchor: str) -> tuple[int, str]:
+    count, _, digest = anchor.partition(":")
+    if not count.isdecimal() or len(digest) != 64:
+        raise ValueError(
+            f"ledger verify: --anchor: expected COUNT:HASH as `ledger verify` prints it, got "
+            f"{anchor!r}"
+        )
+    return int(count), digest
