@@ -43,12 +43,20 @@ def generate(
     if not hasattr(model, "generate") or not model.can_generate():
         raise ValueError(
             f"generate: expected a model that writes text, got {type(model).__name__}. "
-            "An encoder gives embeddings: load it with gravity_hf.load_gravity_model"
+            + _instead(directory)
         )
     tokenizer = load_tokenizer(_tokenizer_home(directory))
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     (sample,) = generation_samples(model, tokenizer, [prompt], **how)
     make_console().print(sample["prompt"] + sample["text"], markup=False)
+
+
+def _instead(directory: Path) -> str:
+    from ..hub.own_models import is_own_folder
+
+    if is_own_folder(directory):
+        return "Use it in Python: load it with its transformers Auto class"
+    return "An encoder gives embeddings: load it with gravity_hf.load_gravity_model"
 
 
 def require_model_folder(directory: Path) -> None:

@@ -162,7 +162,7 @@ def _shared(
     mask, key_ranges, causal, window, exclude_self = seen
     dtype = v.dtype
     strength = mass.to(dtype).square()
-    strength = (-strength if repulsive else strength)[None, :, None]
+    strength = (-strength if repulsive else strength).view(1, -1, 1)
     if query_mass is not None:
         strength = strength * query_mass.to(dtype)
     key_term = None if key_mass is None else key_mass.to(dtype)
@@ -174,7 +174,7 @@ def _shared(
         q, k = (x.expand(batch, -1, -1) for x in (q, k))
     else:
         table = table.to(dtype)
-        table = table[None, None] if table.dim() == 2 else table
+        table = table.unsqueeze(0).unsqueeze(0) if table.dim() == 2 else table
     bent = (None, 1.0) if curvature is None else (curvature.kappa, curvature.horizon)
     rules = (law, causal, window, exclude_self, max_force, force_cap == "tanh")
     eps = 0.0 if eps is None else float(eps)

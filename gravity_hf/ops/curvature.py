@@ -48,9 +48,10 @@ class Curvature:
         `r = sqrt(s + horizon)` elsewhere."""
         root = (distance_sq + self.horizon).sqrt_()
         cosine = root.cos()
-        floored = distance_sq * (1.0 + self.kappa * cosine) < self.horizon
         slope = root.sin().mul_(distance_sq).div_(root).mul_(-0.5).add_(cosine)
-        return slope.mul_(self.kappa).add_(1.0).masked_fill_(floored, 0.0)
+        # In the dtype of the distances: on a CPU a mask of bools costs more than a cosine.
+        above = cosine.mul_(self.kappa).add_(1.0).mul_(distance_sq).ge_(self.horizon)
+        return slope.mul_(self.kappa).add_(1.0).mul_(above)
 
 
 def _is_number(value: object) -> bool:

@@ -96,7 +96,7 @@ class _Table(torch.autograd.Function):
                 squared = _squared(block, keys)
                 turned = table[:, rows].square().mul_(grad[:, rows])
                 if ctx.curvature is None:
-                    turned.masked_fill_(squared == 0.0, 0.0)
+                    turned.mul_(squared.gt_(0.0))
                 else:
                     turned.mul_(ctx.curvature.slope(squared))
                 # turned is -dL/d(d^2), and d(d^2)/dq = 2 (q - k).
@@ -123,4 +123,5 @@ def _squared(queries: Tensor, keys: Tensor) -> Tensor:
     lengths = queries.square().sum(-1).unsqueeze(-1) + keys.square().sum(-1).unsqueeze(-2)
     squared = torch.baddbmm(lengths, queries, keys.mT, alpha=-2.0)
     noise = lengths.mul_(_ROUNDINGS * torch.finfo(lengths.dtype).eps)
-    return squared.masked_fill_(squared <= noise, 0.0)
+    # A mask in the dtype of the distances: on a CPU one of bools costs as much as two products.
+    return squared.mul_(noise.lt_(squared))

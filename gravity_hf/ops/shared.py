@@ -92,14 +92,15 @@ class SharedProblem:
         """`strength` as `[B, N, G, Tq, 1]`."""
         batch, key_heads, groups, queries, _ = self.sizes
         strength = self.strength.expand(batch, -1, queries)
-        return strength.unflatten(1, (key_heads, groups)).unsqueeze(-1)
+        return strength.view(batch, key_heads, groups, queries, 1)
 
     @functools.cached_property
     def key_columns(self) -> Tensor | None:
         """`key_term` as `[B, N, G, 1, Tk]`."""
         if self.key_term is None:
             return None
-        return self.key_term.unflatten(1, self.sizes[1:3]).unsqueeze(3)
+        batch, key_heads, groups, _, keys = self.sizes
+        return self.key_term.view(batch, key_heads, groups, 1, keys)
 
     @functools.cached_property
     def budget(self) -> int:
@@ -150,20 +151,26 @@ class SharedProblem:
         value = softened.log_().neg_() if self.law == "power" else softened.reciprocal_()
         return Base(value[:, None, None], distance_sq)
 
+    def base_gradient(self, block: Rows, base: Base, grads: dict[str, Tensor]) -> Tensor:
+        """Zeros like `base.value`, for the sum of what all heads add: of a table the place where it
+        belongs, which is touched once."""
+        if self.table is not None:
+            return _block_of(grads["table"], block).unsqueeze(2)
+        return torch.zeros_like(base.value)
+
     def differentiate_base(
         self, block: Rows, base: Base, grad: Tensor, grads: dict[str, Tensor]
     ) -> None:
-        """From dL/d(base.value), overwritten like `base`, to the table, or to q' and k'."""
+        """From `base_gradient`, overwritten like `base`, to the table, or to q' and k'."""
         if self.table is not None:
             if self.law == "power":
                 grad.div_(_block_of(self.table, block).unsqueeze(2))
-            _block_of(grads["table"], block).add_(grad.squeeze(2))
             return
         grad, value = grad[:, 0, 0], base.value[:, 0, 0]
         # d(1 / n) = -dn / n^2 and d(-ln n) = -dn / n.
         grad.mul_(value.exp_() if self.law == "power" else value.square_()).neg_()
         if self.curvature is None:
-            grad.masked_fill_(base.distance_sq < 0.0, 0.0)
+            grad.mul_(base.distance_sq.ge_(0.0))
         else:
             grad.mul_(self.curvature.slope(base.distance_sq.clamp_(min=0.0)))
         query, key = self.q[:, block.rows], self.k[:, block.window.keys]

@@ -47,7 +47,7 @@ def shared_backward(grad: Tensor, problem: SharedProblem, needed: list[bool]) ->
     with exact_products(problem.v.device):
         for block in problem.blocks():
             base = problem.base(block)
-            base_grad = torch.zeros_like(base.value) if of_base else None
+            base_grad = problem.base_gradient(block, base, grads) if of_base else None
             for part in problem.parts(block):
                 first, second = space.take(0, block, part), space.take(1, block, part)
                 weights, capped = _weights(problem, block, part, base, first, differentiable=True)
@@ -134,8 +134,8 @@ def _weights(
 
 
 def _cap(problem: SharedProblem, score: Tensor, differentiable: bool) -> Tensor | None:
-    """The ceiling, in place. Returns the `tanh` of a smooth one, or where the score exceeded it;
-    None where a CPU sees at a glance that it did nowhere."""
+    """The ceiling, in place. Returns the `tanh` of a smooth one, or 0 where the score exceeded it
+    and 1 elsewhere; None where a CPU sees at a glance that it did nowhere."""
     limit = problem.max_force
     if problem.smooth_cap:
         bend = score.div_(limit).tanh_()
@@ -146,7 +146,8 @@ def _cap(problem: SharedProblem, score: Tensor, differentiable: bool) -> Tensor 
     if differentiable:
         if score.device.type == "cpu" and score.amax().item() <= limit:
             return None
-        capped = score > limit
+        # In the scores' dtype: on a CPU a mask of bools costs as much as two products.
+        capped = score.clone().le_(limit)
     score.clamp_(max=limit)
     return capped
 
@@ -155,7 +156,7 @@ def _through_cap(problem: SharedProblem, capped: Tensor, grad: Tensor) -> None:
     if problem.smooth_cap:
         grad.mul_(capped.square_().neg_().add_(1.0))
     else:
-        grad.masked_fill_(capped, 0.0)
+        grad.mul_(capped)
 
 
 def _through_law(
@@ -189,7 +190,17 @@ def _through_law(
         grad.mul_(strength)
         if is_factor:
             grad.mul_(columns)
-        total = _of_part(base_grad, part)
+        _add_heads(_of_part(base_grad, part), grad)
+
+
+def _add_heads(total: Tensor, grad: Tensor) -> None:
+    """To `total` `[b|1, 1, 1, rows, keys]` what all heads of `grad` have."""
+    heads = grad.shape[0] * grad.shape[1] * grad.shape[2]
+    if heads <= 4 and total.shape[0] == 1:
+        # A sum over few heads is slower than additions, and needs memory.
+        for part in grad.flatten(0, 2):
+            total.add_(part)
+    else:
         total.add_(grad.sum((1, 2) if total.shape[0] > 1 else (0, 1, 2)).view_as(total))
 
 

@@ -166,7 +166,7 @@ def test_repulsion_is_attraction_of_the_opposite_sign(impl, size):
 def test_a_table_of_the_distances_equals_the_distances(impl, size, epsilon):
     inputs = make_inputs(**{**size, "law": "force", "batch": 1}, heads=2, key_heads=1)
     inputs["q"][:, 1] = inputs["q"][:, 0]
-    inputs["eps"] = torch.full((2,), epsilon).double()
+    inputs["eps"] = torch.full((2,), epsilon, dtype=torch.float64)
     expected = run(gravity_attention, inputs, impl=impl, causal=True)
     distance_sq = (inputs["q"][0, 0, :, None] - inputs["k"][0, 0]).square().sum(-1)
     table = {name: x for name, x in inputs.items() if name not in ("q", "k", "eps")}
