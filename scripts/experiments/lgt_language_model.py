@@ -6,7 +6,8 @@
 
 Bytes of the Python standard library's source; what is held out are other files. All models see the
 same windows in the same order for as many steps. Each arm gets the best of the same learning rates,
-chosen on a seed that is not used again. Softmax attention is GPT-2 of the same width, layers, heads
+chosen in short runs on a seed that is not used again; one that does worse in its full runs than in
+its short one gets the next lower rate, and what it did before stays in the file. Softmax attention is GPT-2 of the same width, layers, heads
 and feed-forward width; it then has more parameters, because its attention has three more square
 matrices, so there is one with as many parameters, too. The published law is LGT with softening 0:
 it sees little but the token itself.
@@ -21,6 +22,7 @@ import argparse
 import functools
 import math
 import shlex
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -107,6 +109,21 @@ def best_rates(results: list[dict[str, Any]]) -> dict[str, float]:
         ):
             best[arm] = result
     return {arm: result["run"]["rate"] for arm, result in best.items()}
+
+
+def lowered_rates(
+    rates: dict[str, float], tuned: list[dict[str, Any]], compared: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Of the arms whose full runs are worse, in the mean, than their short run at the same rate:
+    the next lower rate. More steps can only hurt where the rate was too high to last."""
+    short = {(x["run"]["arm"], x["run"]["rate"]): x["loss"] for x in tuned}
+    tried = sorted({rate for _, rate in short})
+    lowered = {}
+    for arm, rate in rates.items():
+        full = [x["loss"] for x in compared if x["run"]["arm"] == arm]
+        if full and not statistics.fmean(full) <= short[arm, rate] and rate > tried[0]:
+            lowered[arm] = tried[tried.index(rate) - 1]
+    return lowered
 
 
 def comparison(
@@ -220,13 +237,21 @@ def main() -> None:
     tuned = run_all(
         tuning(size, options.scale), work, options.out / f"tuning-{size}.jsonl", **pooled
     )
-    runs = comparison(best_rates(tuned), options.seeds, size, options.scale, options.out)
-    compared = run_all(runs, work, options.out / f"runs-{size}.jsonl", **pooled)
-    if len(compared) < len(ARMS) * len(options.seeds):
-        raise SystemExit("error: some runs failed or were left for later: see above, and run again")
+    rates, replaced = best_rates(tuned), []
+    while True:
+        runs = comparison(rates, options.seeds, size, options.scale, options.out)
+        compared = run_all(runs, work, options.out / f"runs-{size}.jsonl", **pooled)
+        if len(compared) < len(ARMS) * len(options.seeds):
+            raise SystemExit("error: some runs failed or were left for later: see above, run again")
+        lowered = lowered_rates(rates, tuned, compared)
+        if not lowered:
+            break
+        print(f"worse than in their short runs, so with the next lower rate: {lowered}", flush=True)
+        replaced += [run for run in compared if run["run"]["arm"] in lowered]
+        rates |= lowered
     settings = {**SIZES[size], "scale": options.scale}
     command = shlex.join(["python", f"scripts/experiments/{Path(__file__).name}", *sys.argv[1:]])
-    content = summary(compared, tuned, baselines(size), settings, command)
+    content = summary(compared, tuned, baselines(size), settings, command, replaced)
     complete_folders(content, compared)
     write_summary(content, options)
     print(table(content))

@@ -15,7 +15,12 @@ FIGURE_LIST = "figures.json"
 
 
 def summary(
-    runs: Rows, tuned: Rows, counted: Rows, settings: dict[str, Any], command: str
+    runs: Rows,
+    tuned: Rows,
+    counted: Rows,
+    settings: dict[str, Any],
+    command: str,
+    replaced: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Everything that was measured, in bits per byte of held-out text.
 
@@ -24,6 +29,7 @@ def summary(
         counted: unigram and bigram.
         settings: sizes, steps and learning rates that were tried.
         command: that makes all of this.
+        replaced: runs whose learning rate turned out too high.
     """
     text = runs[0]["text"]
     bits = 1 / (math.log(2) * text["bytes_per_token"])
@@ -45,6 +51,7 @@ def summary(
             }
             for run in tuned
         ],
+        "replaced": [_row(run, bits) for run in replaced],
         "conditions": {**runs[0]["conditions"], "command": command},
     }
 
@@ -106,12 +113,16 @@ def complete_folders(content: dict[str, Any], runs: Rows) -> None:
         if not run["run"]["model"]:
             continue
         folder = Path(run["run"]["model"])
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config["model_type"] == "lgt":
+        if (folder / "config.json").is_file() and _is_lgt(folder):
             write_json(folder / "results.json", results_of(content, run))
             (folder / "figures").mkdir(exist_ok=True)
             for name, data in figures.items():
                 (folder / "figures" / name).write_bytes(data)
+
+
+def _is_lgt(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config["model_type"] == "lgt"
 
 
 def results_of(content: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

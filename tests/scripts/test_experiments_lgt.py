@@ -71,6 +71,21 @@ def test_the_best_rate_of_an_arm_is_that_of_the_lowest_loss() -> None:
     assert experiment.best_rates(runs) == {"a": 2.0, "b": 1.0}
 
 
+def test_a_rate_that_does_not_last_is_replaced_by_the_next_lower_one() -> None:
+    import lgt_language_model as experiment
+
+    losses = {"a": (2.0, [1.5, 1.6]), "b": (2.0, [1.5, 2.6]), "c": (2.0, [math.nan]), "d": (2, [3])}
+    rates = {"a": 0.2, "b": 0.2, "c": 0.2, "d": 0.1}
+    tuned = [
+        {"run": {"arm": arm, "rate": rate}, "loss": short}
+        for arm, (short, _) in losses.items()
+        for rate in (0.1, 0.2)
+    ]
+    full = [{"run": {"arm": arm}, "loss": x} for arm, (_, runs) in losses.items() for x in runs]
+    # There is none below that of the last one.
+    assert experiment.lowered_rates(rates, tuned, full) == {"b": 0.1, "c": 0.1}
+
+
 def test_softmax_has_the_shape_of_lgt_or_as_many_parameters() -> None:
     import lgt_language_model as experiment
     from transformers import AutoConfig, AutoModelForCausalLM
