@@ -7,10 +7,10 @@
 Bytes of the Python standard library's source; what is held out are other files. All models see the
 same windows in the same order for as many steps. Each arm gets the best of the same learning rates,
 chosen in short runs on a seed that is not used again; one that does worse in its full runs than in
-its short one gets the next lower rate, and what it did before stays in the file. Softmax attention is GPT-2 of the same width, layers, heads
-and feed-forward width; it then has more parameters, because its attention has three more square
-matrices, so there is one with as many parameters, too. The published law is LGT with softening 0:
-it sees little but the token itself.
+its short one gets the next lower rate, and what it did before stays in the file. Softmax attention
+is GPT-2 of the same width, layers, heads and feed-forward width; it then has more parameters,
+because its attention has three more square matrices, so there is one with as many parameters, too.
+The published law is LGT with softening 0: it sees little but the token itself.
 
 Runs are kept in --out and not done again when the command is. There, too: the trained LGT with its
 tokenizer, results and figures, from which a model card is made.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import shlex
 import statistics
@@ -152,8 +153,6 @@ def stream() -> Any:
 
 def work(run: dict[str, Any]) -> dict[str, Any]:
     """Train one model; keep it where the run says so."""
-    import json
-
     import torch
     from transformers.utils import logging
 
@@ -197,8 +196,26 @@ def work(run: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def baselines(size: str) -> list[dict[str, Any]]:
-    """Unigram and bigram counts of the same text, on the same held-out windows."""
+def baselines(size: str, digest: str, kept: Path) -> list[dict[str, Any]]:
+    """Unigram and bigram counts of the text with this digest, on the same held-out windows; kept in
+    a file, because another Python has another standard library."""
+    from gravity_hf.training.files import write_json
+
+    if kept.exists():
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known["digest"] == digest:
+            return known["rows"]
+    if stream().digest != digest:
+        raise SystemExit(
+            f"error: {kept}: expected counts of the text that the models saw ({digest}), and this "
+            f"Python's library is another ({stream().digest}). Run this where they were trained"
+        )
+    rows = count(size)
+    write_json(kept, {"digest": digest, "rows": rows})
+    return rows
+
+
+def count(size: str) -> list[dict[str, Any]]:
     from gravity_hf.training.counting import ORDERS, fit_counts
     from gravity_hf.training.streams import ConsecutiveWindows
 
@@ -251,7 +268,9 @@ def main() -> None:
         rates |= lowered
     settings = {**SIZES[size], "scale": options.scale}
     command = shlex.join(["python", f"scripts/experiments/{Path(__file__).name}", *sys.argv[1:]])
-    content = summary(compared, tuned, baselines(size), settings, command, replaced)
+    digest = compared[0]["text"]["digest"]
+    counted = baselines(size, digest, options.out / f"counts-{size}.json")
+    content = summary(compared, tuned, counted, settings, command, replaced)
     complete_folders(content, compared)
     write_summary(content, options)
     print(table(content))
