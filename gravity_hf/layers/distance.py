@@ -6,6 +6,7 @@ One table of `R = 1 / D` serves every head and every layer that stands in the sa
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from ..ops.reference import compute_dtype
 # A Gram matrix knows `|p - q|^2` to a few roundings of `|p|^2 + |q|^2`; below this many, what it
 # says is noise, and the two positions count as one.
 _ROUNDINGS = 8
+# Of so few coordinates the differences themselves are the fastest exact way.
+_FEW_COORDINATES = 4
 
 
-def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
+def squared_distances(queries: Tensor, keys: Tensor, *, exact: bool = False) -> Tensor:
     """`|q_i - k_j|^2` by a Gram matrix of centred positions: no `[Tq, Tk, P]` tensor.
 
     Exactly 0, gradient included, for equal rows, and for rows that are closer than the arithmetic
@@ -26,6 +29,9 @@ def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
     Args:
         queries: `[..., Tq, P]`.
         keys: `[..., Tk, P]`, leading dimensions as those of `queries`.
+        exact: as precise as differences, also where neighbours lie much closer than the whole set
+            is wide: by float64, at up to twice the time. Not needed for positions that are spread
+            evenly, such as a model's own.
 
     Returns:
         `[..., Tq, Tk]`, float64 for float64 positions and float32 for all others.
@@ -36,8 +42,11 @@ def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
             f"{tuple(queries.shape)} and {tuple(keys.shape)}. Give both the same width P"
         )
     dtype = compute_dtype(queries.dtype)
+    if exact:
+        return _exact(queries, keys, dtype)
     # Under autocast the product would be rounded to half precision, and distances to nothing.
-    with torch.autocast(queries.device.type, enabled=False):
+    device = queries.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         same = keys is queries
         centre = keys.to(dtype).mean(-2, keepdim=True)
         keys = keys.to(dtype) - centre
@@ -46,6 +55,17 @@ def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
         squared = lengths - 2.0 * (queries @ keys.transpose(-2, -1))
         resolved = squared > _ROUNDINGS * torch.finfo(dtype).eps * lengths
         return torch.where(resolved, squared, 0.0)
+
+
+def _exact(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    # MPS has no float64.
+    if 0 < queries.shape[-1] <= _FEW_COORDINATES or queries.device.type == "mps":
+        columns = zip(queries.to(dtype).unbind(-1), keys.to(dtype).unbind(-1), strict=True)
+        squares = [(q.unsqueeze(-1) - k.unsqueeze(-2)).square() for q, k in columns]
+        return sum(squares[1:], start=squares[0])
+    same = keys is queries
+    keys = keys.double()
+    return squared_distances(keys if same else queries.double(), keys).to(dtype)
 
 
 def inverse_distance(

@@ -76,7 +76,7 @@ class GravitationalAttentionHead(nn.Module):
             length = x.shape[1]
             return x.new_ones(length, length, dtype=compute_dtype(x.dtype))
         return inverse_distance(
-            squared_distances(positions, positions),
+            squared_distances(positions, positions, exact=True),
             curvature=self.curvature,
             event_horizon=self.event_horizon,
             softening=self.softening,

@@ -28,7 +28,11 @@ def register_classes(config_class: Any, **auto_classes: Any) -> None:
 
     transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for name, model_class in auto_classes.items():
-        getattr(transformers, name).register(config_class, model_class, exist_ok=True)
+        auto_class = getattr(transformers, name)
+        auto_class.register(config_class, model_class, exist_ok=True)
+        # Trainer's label smoothing and pipelines look models up by name here: a language model that
+        # is not there is smoothed against labels that are not shifted.
+        auto_class._model_mapping._model_mapping[config_class.model_type] = model_class.__name__
 
 
 def _beside(base: type[dict]) -> type[dict]:

@@ -7,12 +7,14 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +25,9 @@ _HEAD = re.compile(r"attn\.heads\.(\d+)\.(G|mass_proj\.weight)")
 _RENAMED = {"ffn.0": "fc1", "ffn.3": "fc2", "norm1": "norm1", "norm2": "norm2"}
 _QUANTISED = "_packed_params"
 _NAMED_AT_MOST = 6
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What torch's readers raise for damaged files, beside their own errors.
+_DAMAGED = (RuntimeError, EOFError, OSError, LookupError, AttributeError, TypeError, ValueError)
 
 
 def read_published(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -37,7 +42,8 @@ def read_published(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
         Tensors on the CPU, half precision as float32; and the file's `"metadata"`, or `{}`.
 
     Raises:
-        ValueError: no such file, another layout, or a quantised model.
+        ValueError: no such file, a damaged one, another layout, a quantised model, or weights that
+            `check_weights` refuses.
     """
     file = Path(path)
     if not file.is_file():
@@ -63,7 +69,57 @@ def read_published(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
     if strange or not content:
         got = f"other things under {_some(strange)}" if strange else "nothing"
         raise ValueError(f"{file}: expected tensors by name, got {got}. Save model.state_dict()")
+    check_weights(content, str(file))
     return {_unwrapped(key): _readable(value) for key, value in content.items()}, metadata
+
+
+def check_weights(state: Mapping[str, Tensor], source: str = "checkpoint") -> None:
+    """Refuse what is no weight: a conversion would change its values, or carry on nonsense.
+
+    Raises:
+        ValueError: a key that is no name, or a tensor that is not of floats, dense and finite.
+    """
+    for key, tensor in state.items():
+        if not isinstance(key, str):
+            got = f"the key {key!r}. Save model.state_dict()"
+            raise ValueError(f"{source}: expected tensors by name, got {got}")
+        got = ""
+        if tensor.dtype not in _FLOATS:
+            got = f"{tensor.dtype}"
+        elif tensor.layout != torch.strided or tensor.is_meta:
+            got = "a tensor without values" if tensor.is_meta else f"{tensor.layout}"
+        elif not tensor.isfinite().all():
+            got = "values that are not finite"
+        if got:
+            raise ValueError(
+                f"{source}: {key}: expected dense, finite weights of float16, bfloat16, float32 or "
+                f"float64, got {got}. Save the state dict of a trained model"
+            )
+
+
+@contextmanager
+def plain_config_errors() -> Iterator[None]:
+    """What a strict config says about a value, as the ValueError that it is."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        said = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(re.sub(r"^\w+Error: ", "", said)) from error
+
+
+def rows_of(state: Mapping[str, Tensor], key: str) -> int | None:
+    """`V` of a matrix `[V, d]`; None where there is none.
+
+    Raises:
+        ValueError: it is no matrix.
+    """
+    matrix = state.get(key)
+    if matrix is not None and matrix.dim() != 2:
+        raise ValueError(
+            f"checkpoint: {key}: expected a matrix, got {list(matrix.shape)}. The checkpoint is "
+            "damaged, or not of such a model"
+        )
+    return None if matrix is None else matrix.shape[0]
 
 
 def core_state(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
@@ -101,6 +157,12 @@ def core_state(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tenso
                 "checkpoint is incomplete"
             )
         rows = [parts[i].reshape(1, -1) for i in range(len(parts))]
+        widths = sorted({row.shape[1] for row in rows})
+        if len(widths) > 1:
+            raise ValueError(
+                f"{prefix}{name}: expected heads of one width, got {widths}. The checkpoint is "
+                "damaged"
+            )
         joined = torch.cat(rows)
         named[name] = joined.flatten() if name.endswith(".G") else joined
     return named
@@ -125,6 +187,13 @@ def core_sizes(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
             f"expected the weights of a published LGT ({prefix}layers.0.attn.heads.0.G, "
             f"{prefix}pos_embedding.positions or .basis, {prefix}final_norm.weight, ...), got "
             f"{_some(state)}. Check that the file holds such a model"
+        )
+    dims = (table.dim(), norm.dim(), state[inner].dim())
+    if dims != (2, 1, 2) or not norm.numel():
+        shapes = [list(x.shape) for x in (table, norm, state[inner])]
+        raise ValueError(
+            f"expected positions [T, P], {prefix}final_norm.weight [d] and {inner} [n, d], got "
+            f"{shapes}. The checkpoint is damaged"
         )
     width = norm.shape[0]
     sizes: dict[str, Any] = {
@@ -167,9 +236,13 @@ def check_target(target: str | os.PathLike[str]) -> Path:
     """The folder to write, which must be new or empty.
 
     Raises:
-        ValueError: it holds something, or is a file.
+        ValueError: it holds something, is a file or a link, or lies in what is no folder.
     """
     folder = Path(target)
+    above = next((x for x in folder.parents if x.exists() or x.is_symlink()), None)
+    if folder.is_symlink() or (above is not None and not above.is_dir()):
+        found = "a link" if folder.is_symlink() else f"a path below {above}, which is none"
+        raise ValueError(f"{folder}: expected a new or empty folder for the model, got {found}")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         found = "a file" if folder.is_file() else "a folder that is not empty"
         raise ValueError(
@@ -196,7 +269,7 @@ def _load(file: Path) -> Any:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, safetensors.SafetensorError, *_DAMAGED) as error:
         raise ValueError(
             f"{file}: expected tensors and plain values, saved with torch.save or safetensors, got "
             f"a file that cannot be read as such without running code in it ({_first(error)}). "
@@ -206,7 +279,8 @@ def _load(file: Path) -> Any:
 
 def _first(error: Exception) -> str:
     """The first sentence: torch goes on to recommend running the file's code."""
-    return re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0]
+    said = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0]
+    return f"{type(error).__name__}: {said}"
 
 
 def _expansion(inner: int, width: int) -> float:

@@ -8,7 +8,7 @@ all batch entries and heads before the next ones. Formulas: README.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,10 +28,14 @@ class Rows(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The batch entries and key heads whose scores exist at a time."""
+    """The batch entries and key heads whose scores exist at a time.
+
+    whole: with the rows and keys of the block these are all scores, and no tensor need be cut.
+    """
 
     batch: slice
     heads: slice
+    whole: bool
 
 
 class Base(NamedTuple):
@@ -107,32 +111,29 @@ class SharedProblem:
         """Of scores at a time."""
         return ELEMENTS["cpu" if self.v.device.type == "cpu" else "gpu"]
 
-    def blocks(self) -> Iterator[Rows]:
+    def blocks(self) -> Iterable[Rows]:
         """Every group of rows that sees a key, in order."""
-        batch, _, groups, queries, keys = self.sizes
-        if 0 in self.sizes:
-            return
-        mask = None if self.mask is None else mask_5d(self.mask, self.sizes)
-        intervals = Intervals(queries, keys, self.causal, self.window, self.key_ranges)
-        rows = queries
-        if not intervals.everything or mask is not None:
-            highest = ROWS_MASKED["cpu" if self.v.device.type == "cpu" else "gpu"]
-            rows = min(rows, max(1, highest // groups))
-        rows = min(rows, max(1, self.budget // (groups * intervals.reach(rows))))
-        everyone, whole = slice(0, batch), slice(None)
-        for part in ranges(queries, rows):
-            tile = None if mask is None else cut(mask, whole, whole, whole, part)
-            window = window_of(intervals, everyone, part, tile, self.v.device, self.v.dtype)
-            if window is not None:
-                yield Rows(part, window)
+        sizes = self.sizes
+        if 0 in sizes:
+            return ()
+        kind = "cpu" if self.v.device.type == "cpu" else "gpu"
+        plain = self.mask is None and self.key_ranges is None and self.window is None
+        if plain and kind == "cpu" and not (self.causal and sizes.queries > sizes.keys):
+            return _plain_blocks(sizes, self.causal, ROWS_MASKED[kind], self.budget, self.v.dtype)
+        mask = None if self.mask is None else mask_5d(self.mask, sizes)
+        intervals = Intervals(sizes.queries, sizes.keys, self.causal, self.window, self.key_ranges)
+        limits = ROWS_MASKED[kind], self.budget
+        return _blocks(sizes, intervals, mask, limits, self.v.device, self.v.dtype)
 
     def parts(self, block: Rows) -> Iterator[Part]:
-        batch, key_heads, groups = self.sizes[:3]
-        heads = max(1, self.budget // (groups * _length(block.rows) * _length(block.window.keys)))
+        batch, key_heads, groups, queries, keys = self.sizes
+        sides = _length(block.rows), _length(block.window.keys)
+        heads = max(1, self.budget // (groups * sides[0] * sides[1]))
         batches = min(max(1, heads // key_heads), batch)
+        whole = (batches, *sides) == (batch, queries, keys) and heads >= key_heads
         for batch_part in ranges(batch, batches):
             for head_part in ranges(key_heads, min(heads, key_heads)):
-                yield Part(batch_part, head_part)
+                yield Part(batch_part, head_part, whole)
 
     def shape(self, block: Rows, part: Part) -> tuple[int, ...]:
         """Of the part's scores: `[b, n, G, rows, keys]`."""
@@ -180,6 +181,40 @@ class SharedProblem:
         # fewer digits of it than a product does.
         torch.sum(grad, -1, out=result[..., -1])
         grads["q"][:, block.rows] = result
+
+
+def _blocks(
+    sizes: Sizes,
+    intervals: Intervals,
+    mask: Tensor | None,
+    limits: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[Rows]:
+    """`limits`: the most rows where some keys are hidden, and the most scores at a time."""
+    batch, _, groups, queries, _ = sizes
+    masked_rows, budget = limits
+    rows = queries
+    if not intervals.everything or mask is not None:
+        rows = min(rows, max(1, masked_rows // groups))
+    rows = min(rows, max(1, budget // (groups * intervals.reach(rows))))
+    everyone, whole = slice(0, batch), slice(None)
+    for part in ranges(queries, rows):
+        tile = None if mask is None else cut(mask, whole, whole, whole, part)
+        window = window_of(intervals, everyone, part, tile, device, dtype)
+        if window is not None:
+            yield Rows(part, window)
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_blocks(
+    sizes: Sizes, causal: bool, masked_rows: int, budget: int, dtype: torch.dtype
+) -> tuple[Rows, ...]:
+    """On a CPU, where sizes alone say who sees whom. Kept, as all layers of a model have the same:
+    to make them costs a short sequence as much as a product does."""
+    intervals = Intervals(sizes.queries, sizes.keys, causal)
+    device = torch.device("cpu")
+    return tuple(_blocks(sizes, intervals, None, (masked_rows, budget), device, dtype))
 
 
 def _block_of(table: Tensor, block: Rows) -> Tensor:

@@ -22,8 +22,7 @@ DIFFERENTIABLE = ("q", "k", "v", "strength", "key_term", "table")
 
 def shared_forward(problem: SharedProblem) -> Tensor:
     """Output `[B, H, Tq, Dv]`, laid out in memory as `[B, Tq, H, Dv]`."""
-    output = output_of(problem).zero_()
-    out = output.unflatten(1, problem.sizes[1:3])
+    output, untouched = output_of(problem), True
     space = _Space(problem)
     with exact_products(problem.v.device):
         for block in problem.blocks():
@@ -34,8 +33,12 @@ def shared_forward(problem: SharedProblem) -> Tensor:
                 result = result.view(*weights.shape[:-1], -1)
                 if block.window.dead is not None:
                     result.masked_fill_(_of_part(block.window.dead, part), 0.0)
+                if part.whole:
+                    return output.copy_(result.flatten(1, 2))
+                if untouched:
+                    out, untouched = output.zero_().unflatten(1, problem.sizes[1:3]), False
                 out[part.batch, part.heads, :, block.rows] = result
-    return output
+    return output.zero_() if untouched else output
 
 
 def shared_backward(grad: Tensor, problem: SharedProblem, needed: list[bool]) -> list[Tensor]:
@@ -111,17 +114,17 @@ def _weights(
     differentiable: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The part's weights into `out`, and what `_through_cap` needs."""
-    value = _of_part(base.value, part).expand_as(out)
-    strength = problem.row_factors[part.batch, part.heads, :, block.rows]
-    key, window = problem.key_columns, block.window
+    value, window = _of_part(base.value, part), block.window
+    strength, key = problem.row_factors, problem.key_columns
+    if not part.whole:
+        strength = strength[part.batch, part.heads, :, block.rows]
+        key = None if key is None else key[part.batch, part.heads, :, :, window.keys]
     if key is None:
         torch.mul(value, strength, out=out)
+    elif problem.law == "power":
+        torch.mul(value, strength, out=out).add_(key)
     else:
-        key = key[part.batch, part.heads, :, :, window.keys]
-        if problem.law == "power":
-            torch.mul(value, strength, out=out).add_(key)
-        else:
-            torch.mul(value, key, out=out).mul_(strength)
+        torch.mul(value, key, out=out).mul_(strength)
     capped = None
     if problem.max_force is not None:
         capped = _cap(problem, out, differentiable)
@@ -129,7 +132,9 @@ def _weights(
         offset = block.rows.start + problem.sizes.keys - problem.sizes.queries - window.keys.start
         out.diagonal(offset, -2, -1).fill_(SELF_SCORE)
     if window.bias is not None:
-        out[..., window.bias_keys].add_(_of_part(window.bias, part))
+        hidden = window.bias_keys
+        tail = out.narrow(-1, hidden.start, hidden.stop - hidden.start)
+        tail.add_(_of_part(window.bias, part))
     return torch.softmax(out, -1, out=out), capped
 
 
@@ -206,13 +211,15 @@ def _add_heads(total: Tensor, grad: Tensor) -> None:
 
 def _values(tensor: Tensor, block: Rows, part: Part) -> Tensor:
     """The part of a tensor like v as `[b * n, keys, Dv]`; a view where the layout allows it."""
-    return tensor[part.batch, part.heads, block.window.keys].flatten(0, 1)
+    if not part.whole:
+        tensor = tensor[part.batch, part.heads, block.window.keys]
+    return tensor.flatten(0, 1)
 
 
 def _of_part(tensor: Tensor, part: Part) -> Tensor:
     """The part of a tensor `[B|1, N|1, ...]`."""
     batch, heads = tensor.shape[:2]
-    if batch == 1 and heads == 1:
+    if part.whole or (batch == 1 and heads == 1):
         return tensor
     whole = slice(None)
     return tensor[part.batch if batch > 1 else whole, part.heads if heads > 1 else whole]

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from ecosystem.folders import all_differ, byte_decoder, masses
+from models.lgt.lgt_cases import tiny
+from models.trimodel.tri_cases import tiny_language_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
 from gravity_hf import load_gravity_model
@@ -59,14 +61,23 @@ def test_a_run_evaluates_saves_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], tensor), name
 
 
-def test_smoothed_labels_are_shifted_as_for_any_decoder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["patched", "lgt", "tri"])
+def test_smoothed_labels_are_shifted_as_for_any_decoder(kind: str, tmp_path: Path) -> None:
     """Once a class that transformers does not list by name was smoothed against labels that were
     not shifted: each token learned to predict itself."""
-    model, batch = byte_decoder(), default_data_collator(ROWS[:2])
+    batch, beside = default_data_collator(ROWS[:2]), {}
+    if kind == "patched":
+        model = byte_decoder()
+    elif kind == "lgt":
+        model = tiny(vocab_size=256)
+    else:
+        model = tiny_language_model(vocab_size=256)
+        beside = {f"{name}_input_ids": batch["input_ids"][:, :3] for name in ("self", "env")}
+    batch |= beside
     smoothing = trainer(model, tmp_path, label_smoothing_factor=0.1)
     got = smoothing.compute_loss(model, dict(batch)).item()
     with torch.no_grad():
-        predicted = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+        predicted = model(input_ids=batch["input_ids"], **beside).logits[:, :-1].flatten(0, 1)
     wanted = torch.nn.functional.cross_entropy(
         predicted, batch["labels"][:, 1:].flatten(), label_smoothing=0.1
     )

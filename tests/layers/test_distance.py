@@ -51,6 +51,25 @@ def test_gradient_of_distances_is_that_of_differences() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("width", [1, 4, 12])
+def test_exact_distances_tell_neighbours_apart_in_a_wide_set(width: int) -> None:
+    """Once two clusters far apart were two points: a Gram matrix saw no more of them."""
+    points = torch.randn(30, width)
+    points[::2] += 1000.0
+    points[7] = points[5]
+    points.requires_grad_()
+    found = squared_distances(points, points, exact=True)
+    exact = direct(points.double(), points.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    assert found[7, 5] == 0
+    cotangent = torch.randn(30, 30)
+    grads = [
+        torch.autograd.grad((x * cotangent).sum(), points, retain_graph=True)[0]
+        for x in (found, exact)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-2)
+
+
 def test_distances_are_float32_in_half_precision_and_under_autocast() -> None:
     rows = torch.randn(6, 8)
     half = rows.bfloat16()

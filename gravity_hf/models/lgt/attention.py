@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...layers.observing import Observer, RowSample, capped_force
-from ...ops.api import gravity_attention
-from ...ops.reference import gravity_attention_reference, own_position, split_mask, visible_keys
+from ...layers.observing import Observer
+from .call import LGTAttentionCall
 from .configuration_lgt import LGTConfig
 from .geometry import Geometry
+from .law import Law
 
 _HALF = (torch.float16, torch.bfloat16)
-# What transformers calls an attention implementation, as the operator knows it. None: what
-# `config.implementation` says.
-_IMPLEMENTATIONS = {None: None, "sdpa": None, "eager": "reference", "flex_attention": "flex"}
-_SMALLEST_STRENGTH = 1e-12
-
-
-class Law(NamedTuple):
-    """How forces become weights, read once per forward: a transformers config is slow to read."""
-
-    power: bool
-    max_force: float | None
-    force_cap: str
-    implementation: str
-
-    @classmethod
-    def of(cls, config: LGTConfig) -> Law:
-        power, cap = config.force_law == "power", config.max_force
-        # The power law's weights are forces, and need no ceiling.
-        limit = None if power or cap is None else float(cap)
-        return cls(power, limit, config.force_cap, implementation_of(config))
 
 
 class Float32(nn.Module):
@@ -47,7 +27,7 @@ class Float32(nn.Module):
         def without_rounding(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             rounds = result.dtype in _HALF and tensor.dtype not in _HALF
-            return tensor.to(result.device) if rounds else result
+            return tensor.to(result.device, torch.float32) if rounds else result
 
         return super()._apply(without_rounding, recurse)
 
@@ -82,12 +62,12 @@ class LGTGravity(Float32):
 
     def forward(self, hidden: Tensor) -> LGTMasses:
         """`hidden` `[B, T, d]`; head k reads channels `[k h, (k + 1) h)`."""
-        # Under autocast the product would be rounded.
-        with torch.autocast(hidden.device.type, enabled=False):
-            slices = hidden.to(self.G.dtype).unflatten(-1, (self.heads, self.width))
+        with _without_autocast(hidden.device.type):
+            slices = hidden.to(self.G.dtype).reshape(*hidden.shape[:2], self.heads, self.width)
             # Through the Linear as a whole, so that whatever wraps it counts; head k of row k.
-            mass = F.softplus(self.mass_proj(slices).diagonal(dim1=-2, dim2=-1))
-        return LGTMasses(mass.transpose(1, 2), self.G.abs())
+            mass = self.mass_proj(slices).diagonal(dim1=-2, dim2=-1).transpose(1, 2)
+            # Side by side in memory, as tokens are multiplied in rows of scores.
+            return LGTMasses(F.softplus(mass.contiguous()), self.G.abs())
 
 
 class AttentionResult(NamedTuple):
@@ -96,112 +76,6 @@ class AttentionResult(NamedTuple):
     output: Tensor
     weights: Tensor | None
     mass: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class LGTAttentionCall:
-    """One call of `LGTAttention`, as an observer is shown it.
-
-    query_mass `[B, H, Tq]`, key_mass `[B, H, Tk]`, strength `[H]`, value `[B, H, Tk, h]`.
-    """
-
-    module: LGTAttention
-    query_mass: Tensor
-    key_mass: Tensor
-    strength: Tensor
-    value: Tensor
-    geometry: Geometry
-    law: Law
-    weights_asked: bool
-
-    @property
-    def max_force(self) -> float | None:
-        """The cap on the force; the power law has none."""
-        return self.law.max_force
-
-    @property
-    def force_cap(self) -> str:
-        return self.law.force_cap
-
-    def query_count(self) -> int:
-        return self.query_mass.shape[-1]
-
-    def masses(self) -> Tensor:
-        """Of the queries, `[B, H, Tq]`."""
-        return self.query_mass
-
-    def gravity(self) -> tuple[Tensor, Tensor | None]:
-        """`[B, Tq, H, h]`; the weights `[B, H, Tq, Tk]` where they are asked for, else None."""
-        implementation = self.law.implementation
-        batch, heads = self.value.shape[:2]
-        q, k, options = self.geometry.distance_options(batch, heads)
-        options = {**options, **self._masses(), **self.geometry.visible._asdict()}
-        mass = options.pop("mass")
-        if not self.weights_asked and implementation != "reference":
-            output = gravity_attention(q, k, self.value, mass, impl=implementation, **options)
-            return output.transpose(1, 2), None
-        if isinstance(options["eps"], float):
-            options["eps"] = mass.new_full(mass.shape, options["eps"])
-        if q is not None:
-            q, k = q.to(self.value.dtype), k.to(self.value.dtype)
-        result = gravity_attention_reference(q, k, self.value, mass, **options)
-        weights = result.weights if self.weights_asked else None
-        return result.output.transpose(1, 2), weights
-
-    def rows(self, rows: Tensor) -> RowSample:
-        """Forces and scores of query rows by their indices, int64 `[R]`."""
-        with torch.no_grad(), torch.autocast(self.value.device.type, enabled=False):
-            inverse = self.geometry.inverse_rows(rows)
-            strength = self.strength[:, None, None]
-            if self.law.power:
-                score = strength * (self.key_mass.unsqueeze(-2) * inverse).log()
-                force = score.exp()
-            else:
-                own = (strength.squeeze(-1) * self.query_mass[:, :, rows]).unsqueeze(-1)
-                force = own * self.key_mass.unsqueeze(-2) * inverse
-                score = capped_force(force, self.max_force, self.force_cap)
-            visible, bias = self._visible(rows)
-            if bias is not None:
-                score = score + bias.to(score.dtype)
-            visible = visible.expand(*visible.shape[:2], *score.shape[-2:])
-            return RowSample(force, score.masked_fill(~visible, _lowest(score)), visible)
-
-    def _masses(self) -> dict[str, Any]:
-        if self.law.power:
-            # (m_j / D)^|G|. The root and its gradient are finite where G is 0.
-            mass = self.strength.clamp(min=_SMALLEST_STRENGTH).sqrt()
-            key_mass = self.key_mass ** self.strength[:, None]
-            return {"law": "power", "mass": mass, "key_mass": key_mass}
-        return {
-            "mass": torch.ones_like(self.strength),
-            "query_mass": self.strength[:, None] * self.query_mass,
-            "key_mass": self.key_mass,
-            "max_force": self.law.max_force,
-            "force_cap": self.law.force_cap,
-        }
-
-    def _visible(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Bool and bias of the rows, broadcastable to `[B, H, R, Tk]`."""
-        seen = self.geometry.visible
-        queries, keys = self.query_count(), self.key_mass.shape[-1]
-        device = self.value.device
-        allowed = visible_keys(
-            queries, keys, causal=seen.causal, key_ranges=seen.key_ranges, device=device
-        )
-        bias = None
-        if allowed is None:
-            allowed = torch.ones(1, 1, queries, 1, dtype=torch.bool, device=device)
-        allowed = allowed[:, :, rows]
-        if seen.mask is not None:
-            mask, bias = split_mask(seen.mask)
-            mask, bias = (_rows_of(x, rows) for x in (mask, bias))
-            bias = None if bias is None else bias.masked_fill(~mask, 0.0)
-            allowed = allowed & mask
-        if seen.exclude_self:
-            own = own_position(queries, keys, device)[rows]
-            others = allowed & ~own
-            allowed = others | (allowed & own & ~others.any(-1, keepdim=True))
-        return allowed, bias
 
 
 class LGTAttention(nn.Module):
@@ -230,7 +104,7 @@ class LGTAttention(nn.Module):
         """`hidden` `[B, T, d]`; `cache`: gets this layer's masses and values, gives all of them."""
         masses = self.gravity(hidden)
         value = hidden if self.v_proj is None else self.v_proj(hidden)
-        value = value.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        value = value.reshape(*value.shape[:2], self.heads, self.head_dim).transpose(1, 2)
         key_mass = masses.mass
         if cache is not None:
             key_mass, value = remember(cache, self.layer_idx, key_mass, value, geometry.stored)
@@ -260,21 +134,8 @@ def remember(
     return keys[..., 0], values.to(dtype)
 
 
-def implementation_of(config: LGTConfig) -> str:
-    """The operator's implementation that the model's attention implementation stands for."""
-    name = config._attn_implementation
-    if name not in _IMPLEMENTATIONS:
-        known = [x for x in _IMPLEMENTATIONS if x]
-        raise ValueError(f"attn_implementation: an LGT has {known}, got {name!r}")
-    return _IMPLEMENTATIONS[name] or config.implementation
-
-
-def _rows_of(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    mask = mask[(None,) * (4 - mask.dim())]
-    return mask if mask.shape[2] == 1 else mask[:, :, rows]
-
-
-def _lowest(score: Tensor) -> float:
-    return torch.finfo(score.dtype).min
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Under autocast a product would be rounded. Where there is none it costs nothing."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Law, LGTAttention
+from .attention import LGTAttention
 from .configuration_lgt import LGTConfig
 from .geometry import Geometry
+from .law import Law
 
 
 class BlockOutput(NamedTuple):
@@ -46,7 +47,10 @@ class LGTBlock(GradientCheckpointingLayer):
         output_attentions: bool = False,
     ) -> BlockOutput:
         attended = self.attn(hidden, geometry, law, cache, output_attentions)
-        hidden = self.norm1(hidden + self.dropout(attended.output))
-        inner = self.dropout(nn.functional.gelu(self.fc1(hidden)))
-        hidden = self.norm2(hidden + self.dropout(self.fc2(inner)))
+        hidden = self.norm1(hidden + self._dropped(attended.output))
+        inner = self._dropped(nn.functional.gelu(self.fc1(hidden)))
+        hidden = self.norm2(hidden + self._dropped(self.fc2(inner)))
         return BlockOutput(hidden, attended.weights, attended.mass)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return self.dropout(x) if self.dropout.training else x

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
@@ -14,6 +14,15 @@ from .configuration_lgt import LGTConfig
 from .modeling_lgt import CACHE_FIELD, LGTModel, LGTPreTrainedModel
 
 logger = logging.get_logger(__name__)
+
+# What tokenizers, collators and trainers hand to any model, and an LGT can do without: token types,
+# and lengths of packed documents, which `position_ids` say, too.
+_NOT_NEEDED = frozenset(
+    {
+        *("num_items_in_batch", "ignore_index", "shift_labels", "token_type_ids", "cache_position"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    }
+)
 
 
 @dataclass
@@ -67,6 +76,20 @@ class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
         # Ones, which a causal model does not see until a token stands there.
         return nn.functional.pad(attention_mask, (0, max(0, missing)), value=1)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        # In a bidirectional model a new token changes what the earlier ones are, which a cache
+        # would keep; and without layers there is nothing to keep.
+        if not (self.config.is_causal and self.config.num_hidden_layers):
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+
+    def _get_static_cache_init_shape(self) -> None:
+        """None: keys are masses, one per head, which the cache learns from the first ones."""
+
     @can_return_tuple
     def forward(
         self,
@@ -91,7 +114,16 @@ class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
             labels: `[B, T]`, shifted here; -100 is left out of the loss.
             logits_to_keep: only the last so many logits, or those at these indices; 0: all.
             kwargs: for the loss, such as `num_items_in_batch`.
+
+        Raises:
+            TypeError: other names where no loss is asked for.
         """
+        unknown = [] if labels is not None else sorted(kwargs.keys() - _NOT_NEEDED)
+        if unknown:
+            raise TypeError(
+                f"LGTForCausalLM: expected no further arguments without labels, got {unknown}. "
+                "Look for a misspelt name"
+            )
         if labels is not None and not self.config.is_causal:
             logger.warning_once(
                 "LGTForCausalLM: config.is_causal is False, so the model sees the tokens that it "

@@ -48,9 +48,11 @@ class LGTForSequenceClassification(_LGTClassifier):
         positions: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> SequenceClassifierOutput:
         """As `LGTModel.forward`. `labels` `[B]`, or `[B, labels]` for regression and multi-label
-        problems; `config.problem_type` says which loss, by default guessed from the labels."""
+        problems; `config.problem_type` says which loss, by default guessed from the labels.
+        `token_type_ids`, which tokenizers give, are not used."""
         if attention_mask is None and input_ids is not None:
             attention_mask = self._padding(input_ids)
         outputs = self.model(
@@ -109,8 +111,10 @@ class LGTForTokenClassification(_LGTClassifier):
         positions: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> TokenClassifierOutput:
-        """As `LGTModel.forward`. `labels` `[B, T]`; -100 is left out of the loss."""
+        """As `LGTModel.forward`. `labels` `[B, T]`; -100 is left out of the loss.
+        `token_type_ids`, which tokenizers give, are not used."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ...config import IMPLEMENTATIONS
+from ..settings import settle_names
 
 POSITION_TYPES = ("curved", "fractal")
 FORCE_LAWS = ("exp", "power")
@@ -94,7 +95,8 @@ class LGTConfig(PreTrainedConfig):
         implementation: how attention is computed, as in `GravityConfig`.
 
     Raises:
-        ValueError: a value outside its range, or an unknown name.
+        ValueError: an unknown name, or two names of one setting with two values.
+        StrictDataclassError: a value outside its range, or of a wrong type.
     """
 
     model_type = "lgt"
@@ -146,11 +148,7 @@ class LGTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # The published name of what is a choice of two here.
-        fractal = kwargs.pop("use_fractal_positions", None)
-        if fractal is not None:
-            self.position_type = POSITION_TYPES[bool(fractal)]
-        super().__post_init__(**kwargs)
+        super().__post_init__(**settle_names(self, kwargs))
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> LGTConfig:
@@ -204,12 +202,16 @@ class LGTConfig(PreTrainedConfig):
         if self.hidden_size % self.num_attention_heads:
             expected = f"a multiple of num_attention_heads ({self.num_attention_heads})"
             _expect(False, "hidden_size", expected, self.hidden_size)
-        for name in ("curvature", "gravitational_constant", "G_layer_decay", "G_head_decay"):
+        signed = ("curvature", "gravitational_constant", "G_layer_decay", "G_head_decay")
+        for name in (*signed, "fractal_dim"):
             value = getattr(self, name)
             _expect(_is_finite(value), name, "a finite number", value)
-        for name in ("softening", "event_horizon"):
+        for name in ("softening", "event_horizon", "initializer_range"):
             value = getattr(self, name)
             _expect(_is_finite(value) and value >= 0, name, "a finite number >= 0", value)
+        for name in ("layer_norm_eps", "base_freq", "scale_factor"):
+            value = getattr(self, name)
+            _expect(_is_finite(value) and value > 0, name, "a finite number > 0", value)
         horizon = self.event_horizon > 0
         _expect(horizon, "event_horizon", "> 0: it is the floor of distances", self.event_horizon)
         fits = _is_finite(self.dropout) and 0 <= self.dropout < 1

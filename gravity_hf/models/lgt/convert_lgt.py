@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ..converting import (
     check_target,
+    check_weights,
     core_sizes,
     core_state,
     load_strictly,
+    plain_config_errors,
     read_published,
+    rows_of,
     write_folder,
 )
 from .causal_lgt import LGTForCausalLM
@@ -36,7 +39,7 @@ def convert_lgt_checkpoint(
 
     Args:
         source: a state dict or exported `.pt`, read without running code in it, or `.safetensors`.
-            float16 is fine; int8 is refused.
+            float16 is fine; integers and values that are not finite are refused.
         target: a new or empty folder.
         settings: as in `model_from_published`.
 
@@ -76,10 +79,13 @@ def model_from_published(
         softening: 0, the published law. Anything else is another model with these weights.
 
     Raises:
-        ValueError: no curvature, or weights that are not exactly those of such a model.
+        ValueError: no curvature, a setting outside its range, or weights that are not exactly
+            those of such a model.
     """
+    check_weights(state)
     sizes = core_sizes(state)
     named = core_state(state)
+    vocabulary = rows_of(state, _EMBEDDING)
     embedding, tied = named.pop(_EMBEDDING, None), named.pop(_TIED, None)
     head = {key: named.pop(key) for key in list(named) if key.startswith("head.")}
     if tied is not None and (embedding is None or not torch.equal(tied, embedding)):
@@ -87,17 +93,18 @@ def model_from_published(
             f"{_TIED}: expected the same values as {_EMBEDDING}, as the model shares them, got "
             "others. The checkpoint is damaged, or not of such a model"
         )
-    config = LGTConfig(
-        **sizes,
-        vocab_size=None if embedding is None else embedding.shape[0],
-        tie_word_embeddings=tied is not None,
-        curvature=_curvature(curvature, metadata or {}),
-        event_horizon=event_horizon,
-        max_force=max_force,
-        dropout=dropout,
-        is_causal=is_causal,
-        softening=softening,
-    )
+    with plain_config_errors():
+        config = LGTConfig(
+            **sizes,
+            vocab_size=vocabulary,
+            tie_word_embeddings=tied is not None,
+            curvature=_curvature(curvature, metadata or {}),
+            event_horizon=event_horizon,
+            max_force=max_force,
+            dropout=dropout,
+            is_causal=is_causal,
+            softening=softening,
+        )
     if embedding is not None:
         named["embed_tokens.weight"] = embedding
     if tied is None and not head:
@@ -118,7 +125,7 @@ def _curvature(given: float | None, metadata: Mapping[str, Any]) -> float:
     if given is not None:
         return float(given)
     preset = metadata.get("config")
-    if preset in LGT_PRESETS:
+    if isinstance(preset, str) and preset in LGT_PRESETS:
         return float(LGT_PRESETS[preset]["curvature"])
     got = f"none, and a preset {preset!r} that is not known" if preset else "none"
     raise ValueError(

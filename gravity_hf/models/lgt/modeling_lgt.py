@@ -13,12 +13,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ...layers.positions import CurvedPositionEmbedding, FractalPositionEmbedding
-from .attention import Float32, Law, LGTAttention, LGTGravity
+from ..checkpointing import refuse_reentrant
+from .attention import Float32, LGTAttention, LGTGravity
 from .block import LGTBlock
 from .configuration_lgt import LGTConfig
 from .geometry import Geometry, TableCache, geometry_of_places, geometry_of_positions
 from .growing import add_layer
-from .placing import Tokens, place_tokens
+from .law import Law
+from .placing import Tokens, documents_of, place_tokens
 from .visibility import is_traced
 
 # transformers 5.24 has another name for what a model's output calls `past_key_values`.
@@ -81,13 +83,7 @@ class LGTPreTrainedModel(PreTrainedModel):
         return add_layer(self, block)
 
     def _set_gradient_checkpointing(self, *args: Any, **options: Any) -> None:
-        function = options.get("gradient_checkpointing_func", args[1] if len(args) > 1 else None)
-        if getattr(function, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "gradient checkpointing: expected use_reentrant=False, as all layers share one "
-                "table of distances, whose gradient the reentrant form would ask for twice, got "
-                "True. Leave use_reentrant out"
-            )
+        refuse_reentrant(args, options)
         super()._set_gradient_checkpointing(*args, **options)
 
     @torch.no_grad()
@@ -182,8 +178,9 @@ class LGTModel(LGTPreTrainedModel):
             attention_mask: `[B, T]`, with a cache `[B, cached + T]`, 0 for padding on either side;
                 or `[B, 1, T, Tk]`, which decides alone who sees whom.
             position_ids: `[B, T]`. None: tokens are counted, padding left out. Without a cache they
-                may start again within a row, each time with a new document.
+                may start again within a row, each time with a new document; no cache is made then.
             past_key_values, cache: a `DynamicCache` or `StaticCache` (two names of one argument).
+                Of a causal model.
             positions: the tokens' points themselves, `[T, P]` or `[B, T, P]`, in place of those of
                 the model; not with a cache.
             output_masses: also return the tokens' masses.
@@ -196,13 +193,15 @@ class LGTModel(LGTPreTrainedModel):
         keep = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         attend = config.output_attentions if output_attentions is None else output_attentions
         cache = cache if cache is not None else past_key_values
-        packed = position_ids if cache is None and attention_mask is None else None
-        if cache is None and positions is None and self._starts_cache(use_cache):
+        if cache is not None:
+            cache = self._checked(cache)
+        packed = documents_of(position_ids, attention_mask, cache, *embeds.shape[:2])
+        one = packed is None or is_traced()
+        if cache is None and positions is None and one and self._starts_cache(use_cache):
             cache = DynamicCache(config=config)
-        tokens = place_tokens(config, embeds, attention_mask, position_ids, cache, packed)
-        geometry = self._geometry(tokens, positions, embeds, attend, cache)
-
         law = Law.of(config)
+        tokens = place_tokens(law, embeds, attention_mask, position_ids, cache, packed)
+        geometry = self._geometry(law, tokens, positions, embeds, attend, cache)
 
         hidden, kept, weights, masses = embeds, [embeds], [], []
         for layer in self.layers:
@@ -244,13 +243,26 @@ class LGTModel(LGTPreTrainedModel):
             )
         return self.embed_tokens(input_ids.long())
 
+    def _checked(self, cache: Cache) -> Cache | None:
+        """A cache that can be gone on with; None where there is no layer to keep anything of."""
+        if not self.config.is_causal:
+            raise ValueError(
+                "past_key_values: expected none, as config.is_causal is False: every new token "
+                f"changes what the earlier ones are, got a {type(cache).__name__}. Give the whole "
+                "text each time"
+            )
+        return cache if len(self.layers) else None
+
     def _starts_cache(self, use_cache: bool | None) -> bool:
-        if not self.config.is_causal or (self.gradient_checkpointing and self.training):
+        if not (self.config.is_causal and len(self.layers)):
+            return False
+        if self.gradient_checkpointing and self.training:
             return False
         return (self.config.use_cache and not self.training) if use_cache is None else use_cache
 
     def _geometry(
         self,
+        law: Law,
         tokens: Tokens,
         positions: Tensor | None,
         embeds: Tensor,
@@ -266,9 +278,7 @@ class LGTModel(LGTPreTrainedModel):
                     f"positions: expected [{length}, P] or [{embeds.shape[0]}, {length}, P] and no "
                     f"cache, got {got}"
                 )
-            return geometry_of_positions(
-                positions, self.config, tokens.visible, embeds, output_attentions
-            )
+            return geometry_of_positions(positions, law, tokens.visible, embeds, output_attentions)
         needs_gradient = torch.is_grad_enabled() and any(
             x.requires_grad for x in self.pos_embedding.parameters()
         )
@@ -276,7 +286,7 @@ class LGTModel(LGTPreTrainedModel):
         return geometry_of_places(
             self.pos_embedding,
             self._tables if fixed else None,
-            self.config,
+            law,
             tokens,
             embeds,
             output_attentions,

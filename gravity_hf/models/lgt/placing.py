@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from .configuration_lgt import LGTConfig
-from .visibility import Visibility, is_traced, visibility
+from .law import Law
+from .visibility import Visibility, has_values, packed_documents, visibility
 
 
 class Tokens(NamedTuple):
@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
 
 
 def place_tokens(
-    config: LGTConfig,
+    law: Law,
     embeds: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
@@ -36,7 +36,7 @@ def place_tokens(
 ) -> Tokens:
     """Places and visibility of the tokens in `embeds` `[B, T, d]`.
 
-    Arguments as in `LGTModel.forward`; `packed`: position ids that may start again.
+    Arguments as in `LGTModel.forward`; `packed`: key ranges of documents packed into a row.
 
     Raises:
         ValueError: more positions than the model has, or arguments that do not fit.
@@ -44,11 +44,9 @@ def place_tokens(
     batch, length = embeds.shape[:2]
     plain = cache is None and position_ids is None
     if plain:
-        _check_length(config, length)
+        _check_length(law, length)
     if plain and attention_mask is None:
-        return Tokens(
-            None, None, None, Visibility(config.is_causal, None, None, config.exclude_self)
-        )
+        return Tokens(None, None, None, Visibility(law.is_causal, None, None, law.exclude_self))
     past, slots, keys = 0, None, length
     if cache is not None:
         _check_cache(cache)
@@ -59,8 +57,8 @@ def place_tokens(
         else:
             keys = past + length
     visible = visibility(
-        causal=config.is_causal,
-        exclude_self=config.exclude_self,
+        causal=law.is_causal,
+        exclude_self=law.exclude_self,
         attention_mask=attention_mask,
         keys=keys,
         slots=slots,
@@ -72,13 +70,38 @@ def place_tokens(
         places = _without_padding(attention_mask, counted, slots)
     else:
         places = _checked(position_ids, batch, length)
-    _check_highest(config, places)
+    _check_highest(law, places)
     if slots is None and isinstance(past, int) and past == 0:
         whole = places is counted
         shown = None if whole else _common_rows(places)
         return Tokens(shown, None, None if cache is None else places, visible)
     key_places = _with_cached(cache, places, batch, slots)
     return Tokens(_common_rows(places), _common_rows(key_places), places, visible)
+
+
+def documents_of(
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache: Any, batch: int, length: int
+) -> Tensor | None:
+    """Key ranges of the documents that are packed into a row, see `packed_documents`.
+
+    Raises:
+        ValueError: a cache beside them: whoever goes on with it would see all of them.
+    """
+    # One token is one document; and in a graph nobody could look and refuse.
+    if position_ids is None or (
+        cache is not None and (length == 1 or not has_values(position_ids))
+    ):
+        return None
+    if cache is not None and attention_mask is not None and attention_mask.dim() == 2:
+        past = int(cache.get_seq_length())
+        attention_mask = attention_mask[:, past : past + length]
+    packed = packed_documents(_checked(position_ids, batch, length), attention_mask)
+    if packed is not None and cache is not None:
+        raise ValueError(
+            "position_ids: expected one document per row beside a cache, got positions that start "
+            "again. Leave the cache out (use_cache=False), or give each document a row"
+        )
+    return packed
 
 
 def _without_padding(mask: Tensor | None, counted: Tensor, slots: Tensor | None) -> Tensor:
@@ -93,7 +116,7 @@ def _without_padding(mask: Tensor | None, counted: Tensor, slots: Tensor | None)
     else:
         places, seen = places[:, slots], seen[:, slots]
     # Padding on the right moves nobody, and where it stands itself does not matter.
-    if not is_traced() and bool(((places == counted) | (seen == 0)).all()):
+    if has_values(places) and bool(((places == counted) | (seen == 0)).all()):
         return counted
     return places
 
@@ -131,8 +154,8 @@ def _checked(position_ids: Tensor, batch: int, length: int) -> Tensor:
     return places.long()
 
 
-def _check_length(config: LGTConfig, length: int) -> None:
-    limit = config.max_position_embeddings
+def _check_length(law: Law, length: int) -> None:
+    limit = law.max_position_embeddings
     if length > limit:
         raise ValueError(
             f"LGT: expected at most {limit} tokens (max_position_embeddings), got {length}. "
@@ -140,10 +163,10 @@ def _check_length(config: LGTConfig, length: int) -> None:
         )
 
 
-def _check_highest(config: LGTConfig, places: Tensor) -> None:
-    if is_traced() or places.numel() == 0:
+def _check_highest(law: Law, places: Tensor) -> None:
+    if not has_values(places) or places.numel() == 0:
         return
-    limit = config.max_position_embeddings
+    limit = law.max_position_embeddings
     low, high = (int(bound) for bound in places.aminmax())
     if low < 0 or high >= limit:
         raise ValueError(
@@ -154,6 +177,6 @@ def _check_highest(config: LGTConfig, places: Tensor) -> None:
 
 def _common_rows(places: Tensor) -> Tensor:
     """Position ids `[B, T]` as `[1, T]` where all rows are the same."""
-    if places.shape[0] == 1 or is_traced():
+    if places.shape[0] == 1 or not has_values(places):
         return places
     return places[:1] if bool((places == places[:1]).all()) else places

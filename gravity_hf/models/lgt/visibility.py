@@ -23,6 +23,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling()
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether one may look at them: not in a graph, and not where there are only shapes."""
+    return not is_traced() and tensor.device.type != "meta"
+
+
 def visibility(
     *,
     causal: bool,
@@ -42,25 +47,60 @@ def visibility(
         keys: `Tk`.
         slots: int64 `[Tq]`, where the queries stand among the keys of a cache of fixed size; None:
             they are the last ones.
-        packed: position ids `[B, T]` that may start again, each time with a new document.
+        packed: key ranges of documents, see `packed_documents`.
+
+    Raises:
+        ValueError: a mask that does not fit.
     """
-    mask, ranges = _as_4d(attention_mask, keys), None
+    mask = _as_4d(attention_mask, keys, slots)
     decides_alone = attention_mask is not None and attention_mask.dim() == 4
     causal = causal and not decides_alone
-    if packed is not None and packed.dim() == 2:
-        ranges = _documents(packed)
     if slots is None:
-        return Visibility(causal, mask, ranges, exclude_self)
+        return Visibility(causal, mask, packed, exclude_self)
     key = torch.arange(keys, device=slots.device)
     if causal:
         written = (key <= slots[:, None])[None, None]
         mask = written if mask is None else mask & written
     if exclude_self:
         mask = _without_own(mask, key == slots[:, None])
-    return Visibility(False, mask, ranges, False)
+    return Visibility(False, mask, None, False)
 
 
-def _as_4d(mask: Tensor | None, keys: int) -> Tensor | None:
+def packed_documents(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """Key ranges int32 `[b, T, 2]` of documents packed into a row: one starts wherever positions do
+    not go on growing. Padding starts none. None: there is one document.
+
+    Args:
+        position_ids: `[b, T]`.
+        attention_mask: `[B, T]`, 0 for padding; or of four dimensions, which decides alone.
+    """
+    length = position_ids.shape[1]
+    if attention_mask is not None and attention_mask.shape[1:] != (length,):
+        return None
+    index = torch.arange(length, device=position_ids.device)
+    if attention_mask is None:
+        index = index.expand_as(position_ids)
+        starts = torch.ones_like(position_ids, dtype=torch.bool)
+        starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+    else:
+        seen = attention_mask != 0
+        index, position_ids = index.expand_as(seen), position_ids.expand_as(seen)
+        # Of each token, the last one before it that is no padding.
+        latest = torch.where(seen, index, 0).cummax(-1).values[:, :-1]
+        starts = torch.ones_like(seen)
+        again = position_ids[:, 1:] <= position_ids.gather(1, latest)
+        starts[:, 1:] = again & seen[:, 1:] & seen.gather(1, latest)
+    if has_values(starts) and not bool(starts[:, 1:].any()):
+        return None
+    start = torch.where(starts, index, 0).cummax(-1).values
+    # The next start to the right, found from the end.
+    ends = torch.where(starts, index, length).flip(-1).cummin(-1).values.flip(-1)
+    last = torch.full_like(ends[:, :1], length)
+    stop = torch.cat([ends[:, 1:], last], -1)
+    return torch.stack([start, stop], -1).to(torch.int32)
+
+
+def _as_4d(mask: Tensor | None, keys: int, slots: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
@@ -69,36 +109,30 @@ def _as_4d(mask: Tensor | None, keys: int) -> Tensor | None:
             f"attention_mask: expected [B, {keys}], or [B, 1, Tq, {keys}], got {got}. Give one "
             "entry per token, 0 for padding"
         )
-    # Of a cache with a fixed size, the mask may cover the filled part only.
     missing = keys - mask.shape[-1]
-    if missing < 0 or (mask.dim() == 4 and missing):
+    if missing < 0 or (missing and (mask.dim() == 4 or not _reaches(mask, slots))):
         raise ValueError(
             f"attention_mask: expected {keys} keys in its last dimension, got {mask.shape[-1]}. "
             "With a cache it covers the cached tokens, too"
         )
     if mask.dim() == 4:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                "attention_mask: expected bool (True = attend) or floats that are added to the "
+                f"scores, in four dimensions, got {mask.dtype}. Give mask.bool()"
+            )
         return mask
     mask = torch.nn.functional.pad(mask != 0, (0, missing))
-    if not is_traced() and bool(mask.all()):
+    if has_values(mask) and bool(mask.all()):
         return None
     return mask[:, None, None]
 
 
-def _documents(position_ids: Tensor) -> Tensor | None:
-    """Key ranges `[B, T, 2]` of documents packed into a row: one starts wherever positions do not
-    go on growing. None: there is one document."""
-    length = position_ids.shape[1]
-    index = torch.arange(length, device=position_ids.device).expand_as(position_ids)
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
-    if not is_traced() and not bool(starts[:, 1:].any()):
-        return None
-    start = torch.where(starts, index, 0).cummax(-1).values
-    # The next start to the right, found from the end.
-    ends = torch.where(starts, index, length).flip(-1).cummin(-1).values.flip(-1)
-    last = torch.full_like(ends[:, :1], length)
-    stop = torch.cat([ends[:, 1:], last], -1)
-    return torch.stack([start, stop], -1).to(torch.int32)
+def _reaches(mask: Tensor, slots: Tensor | None) -> bool:
+    """Of a cache with a fixed size, a mask `[B, n]` may cover the filled part only."""
+    if slots is None:
+        return False
+    return not has_values(slots) or mask.shape[1] > int(slots[-1])
 
 
 def _without_own(mask: Tensor | None, own: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from ...layers.fusion import STREAMS
+from ..settings import by_field_names, settle_names
 
 # As published: the world is the most curved, the environment pulls hardest.
 DEFAULT_STREAMS: dict[str, dict[str, float]] = {
@@ -50,8 +51,9 @@ class TriModelConfig(PreTrainedConfig):
         softening, curvature and all other settings: as in `LGTConfig`, for every stream.
 
     Raises:
-        ValueError: an unknown stream.
-        StrictDataclassError: a value outside its range, an unknown setting, or a wrong type.
+        ValueError: an unknown name or stream, or two names of one setting with two values.
+        StrictDataclassError: a value outside its range, an unknown setting of a stream, or a wrong
+            type.
     """
 
     model_type = "lgt_tri"
@@ -106,11 +108,9 @@ class TriModelConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        fractal = kwargs.pop("use_fractal_positions", None)
-        if fractal is not None:
-            self.position_type = "fractal" if fractal else "curved"
-        self.streams = _filled(self.streams)
-        super().__post_init__(**kwargs)
+        left = settle_names(self, kwargs)
+        self.streams = _filled(self.streams, self.attribute_map)
+        super().__post_init__(**left)
 
     @property
     def output_width(self) -> int:
@@ -141,14 +141,17 @@ class TriModelConfig(PreTrainedConfig):
             self.stream_config(name)
 
 
-def _filled(streams: Any) -> dict[str, Any]:
-    """`streams` with what is published where nothing is said."""
+def _filled(streams: Any, aliases: dict[str, str]) -> dict[str, Any]:
+    """`streams`, by the names of fields, with what is published where nothing is said."""
     given = streams or {}
     fits = isinstance(given, dict) and all(isinstance(x, dict) for x in given.values())
     _expect(fits, "streams", "a dict of settings for each stream", streams)
     unknown = sorted(set(given) - set(STREAMS))
     _expect(not unknown, "streams", f"only {list(STREAMS)}", unknown)
-    return {name: {**DEFAULT_STREAMS[name], **given.get(name, {})} for name in STREAMS}
+    return {
+        name: {**DEFAULT_STREAMS[name], **by_field_names(given.get(name, {}), aliases)}
+        for name in STREAMS
+    }
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:

@@ -16,10 +16,13 @@ from torch import Tensor
 from ...layers.fusion import STREAMS
 from ..converting import (
     check_target,
+    check_weights,
     core_sizes,
     core_state,
     load_strictly,
+    plain_config_errors,
     read_published,
+    rows_of,
     write_folder,
 )
 from .configuration_trimodel import DEFAULT_STREAMS, TriModelConfig
@@ -58,10 +61,12 @@ def convert_trimodel_checkpoint(
         The folder.
 
     Raises:
-        ValueError: the checkpoint is no tri-model, or does not fit; nothing is written then.
+        ValueError: the checkpoint is no tri-model, or does not fit, or a setting is outside its
+            range; nothing is written then.
     """
     folder = check_target(target)
     state = dict(source) if isinstance(source, Mapping) else read_published(source)[0]
+    check_weights(state)
     config = _config(
         state,
         _streams(curvature),
@@ -86,20 +91,21 @@ def _config(
                 f"checkpoint: expected {wrong[0]} {first[wrong[0]]} in {name}_model, that of "
                 f"world_model, got {sizes[name][wrong[0]]}. It is no published tri-model"
             )
-    output, embedding = state.get("output_proj.weight"), state.get("embedding.weight")
+    output, vocabulary = rows_of(state, "output_proj.weight"), rows_of(state, "embedding.weight")
     if output is None:
         raise ValueError(
             "checkpoint: expected output_proj.weight, got none. It is no published tri-model"
         )
-    return TriModelConfig(
-        **first,
-        **given,
-        streams=streams,
-        vocab_size=None if embedding is None else embedding.shape[0],
-        output_dim=output.shape[0],
-        softening=0.0,
-        mask_padding=False,
-    )
+    with plain_config_errors():
+        return TriModelConfig(
+            **first,
+            **given,
+            streams=streams,
+            vocab_size=vocabulary,
+            output_dim=output,
+            softening=0.0,
+            mask_padding=False,
+        )
 
 
 def _streams(curvature: Mapping[str, float] | None) -> dict[str, dict[str, float]]:

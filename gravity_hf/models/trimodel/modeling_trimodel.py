@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ...layers.fusion import STREAMS, CrossGravitationalFusion
+from ..checkpointing import refuse_reentrant
 from .configuration_trimodel import TriModelConfig
 from .diagnostics import StreamWatch, in_evaluation, snapshot_of, statistics
 
@@ -58,6 +59,24 @@ class TriPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flex_attn = True
+
+    def _set_gradient_checkpointing(self, *args: Any, **options: Any) -> None:
+        refuse_reentrant(args, options)
+        super()._set_gradient_checkpointing(*args, **options)
+
+    def record_streams(self) -> None:
+        """Write into the config what its streams have become: they can grow on their own."""
+        base, streams = self.base_model, {}
+        for name in STREAMS:
+            live = base.stream(name).config
+            grown = {key: getattr(live, key) for key in ("curvature", "num_hidden_layers")}
+            streams[name] = {**(self.config.streams or {})[name], **grown}
+        self.config.streams = streams
+
+    def save_pretrained(self, *args: Any, **options: Any) -> Any:
+        """As every `PreTrainedModel`; streams come back as they have grown."""
+        self.record_streams()
+        return super().save_pretrained(*args, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -90,6 +90,17 @@ def test_published_regime_leaves_positions_as_they_are() -> None:
         ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),
         ({"max_seq_len": 0}, "max_position_embeddings: expected an integer >= 1, got 0"),
         ({"vocab_size": 0}, "vocab_size: expected an integer >= 1 or None, got 0"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps: expected a finite number > 0, got -1.0"),
+        ({"initializer_range": -0.1}, "initializer_range: expected a finite number >= 0"),
+        ({"fractal_dim": float("nan")}, "fractal_dim: expected a finite number, got nan"),
+        ({"base_freq": float("inf")}, "base_freq: expected a finite number > 0, got inf"),
+        ({"scale_factor": -2.0}, "scale_factor: expected a finite number > 0, got -2.0"),
+        ({"softning": 0.1}, r"LGTConfig: expected names .*\['softning'\]. Did you mean softening"),
+        ({"dim_model": 64, "hidden_size": 32}, "hidden_size: expected one value, got 32"),
+        (
+            {"use_fractal_positions": False, "position_type": "fractal"},
+            "position_type: expected one value, got 'fractal', and by its name use_fractal",
+        ),
         ({"hidden_size": "64"}, "hidden_size: expected an integer >= 1, got '64'"),
     ],
 )
@@ -107,6 +118,18 @@ def test_config_survives_a_file(tmp_path: Path) -> None:
     assert isinstance(loaded, LGTConfig)
     place = {"_name_or_path": ""}
     assert {**loaded.to_dict(), **place} == config.to_dict()
+
+
+def test_names_of_transformers_and_of_saved_folders_are_accepted(tmp_path: Path) -> None:
+    theirs = {"num_labels": 3, "torch_dtype": "bfloat16", "attn_implementation": "eager"}
+    theirs |= {"architectures": ["X"], "output_attentions": False, "max_length": 9, "dtype": None}
+    config = LGTConfig(**theirs, problem_type="regression", _name_or_path="here")
+    assert (config.num_labels, config.dtype) == (3, torch.bfloat16)
+    config.added_by_other_software = 1
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path, attn_implementation="sdpa", num_labels=4)
+    assert (again.num_labels, again.added_by_other_software) == (4, 1)
+    assert LGTConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
 def test_language_model_needs_a_vocabulary() -> None:

@@ -165,6 +165,77 @@ def test_int8_checkpoint_is_refused_with_the_reason(tmp_path: Path) -> None:
         convert_lgt_checkpoint(tmp_path / "int8.pt", tmp_path / "model", curvature=0.15)
 
 
+def changed(key: str, tensor: Tensor) -> dict[Any, Any]:
+    assert key in published("continuous").state
+    return {**published("continuous").state, key: tensor}
+
+
+FFN, MASS = "layers.0.ffn.0.weight", "layers.0.attn.heads.1.mass_proj.weight"
+NORM = "final_norm.weight"
+WEIGHT = published("continuous").state[FFN]
+NO_WEIGHTS = {
+    **{
+        str(dtype): (changed(FFN, WEIGHT.to(dtype)), f"{FFN}: expected dense.*got {dtype}")
+        for dtype in (torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
+    },
+    "not finite": (changed(FFN, WEIGHT * torch.nan), f"{FFN}: .* values that are not finite"),
+    "sparse": (changed(FFN, WEIGHT.to_sparse()), f"{FFN}: .*got torch.sparse_coo"),
+    "meta": (changed(FFN, WEIGHT.to("meta")), f"{FFN}: .*a tensor without values"),
+    "scalar": (changed(FFN, torch.ones(())), "The checkpoint is damaged"),
+    "vector": (changed("pos_embedding.positions", torch.ones(3)), "The checkpoint is damaged"),
+    "norm": (changed(NORM, torch.ones(())), "The checkpoint is damaged"),
+    "embedding": (
+        {**published("continuous").state, "embedding.weight": torch.ones(3)},
+        "embedding.weight: expected a matrix",
+    ),
+    "widths": (changed(MASS, torch.ones(1, 3)), "expected heads of one width, got"),
+    "integer key": ({**published("continuous").state, 3: torch.ones(1)}, "got the key 3"),
+}
+
+
+@pytest.mark.parametrize("case", NO_WEIGHTS)
+def test_weights_that_are_none_are_refused(case: str) -> None:
+    state, message = NO_WEIGHTS[case]
+    with pytest.raises(ValueError, match=message):
+        model_from_published(state, curvature=0.15)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    whole = exported("edge_150k", tmp_path).read_bytes()
+    file = tmp_path / "damaged.pt"
+    for content in (whole[: len(whole) // 2], whole[:100], b"some text\n", b"", b"\xff" * 9):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged.pt: expected tensors and plain values"):
+            convert_lgt_checkpoint(file, tmp_path / "model", curvature=0.15)
+    torch.save({3: torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="got the key 3"):
+        convert_lgt_checkpoint(file, tmp_path / "model", curvature=0.15)
+    with pytest.raises(ValueError, match=r"a preset \['x'\] that is not known"):
+        model_from_published(published("continuous").state, {"config": ["x"]})
+
+
+def test_targets_that_cannot_become_a_folder_are_refused_before_anything_is_read(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for target in ("link", "dangling", "file/model", "dangling/model", "file"):
+        with pytest.raises(ValueError, match="expected a new or empty folder for the model, got"):
+            convert_lgt_checkpoint(tmp_path / "nothing.pt", tmp_path / target)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"curvature": float("nan")}, {"max_force": -1.0}, {"dropout": 2.0}, {"event_horizon": 0.0}],
+)
+def test_settings_out_of_range_are_plain_value_errors(setting: dict[str, float]) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=rf"^LGTConfig\.{name}: expected"):
+        model_from_published(published("continuous").state, **{"curvature": 0.15, **setting})
+
+
 def test_command_converts_and_explains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,3 +253,5 @@ def test_command_converts_and_explains(
     assert AutoModel.from_pretrained(tmp_path / "model").config.curvature == 0.10
     status, text = call(source, str(tmp_path / "model"))
     assert status == 1 and "not empty" in text and "Traceback" not in text
+    status, text = call(source, str(tmp_path / "other"), "--max-force", "-1")
+    assert status == 1 and "LGTConfig.max_force" in text and "Traceback" not in text

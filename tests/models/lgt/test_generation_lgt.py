@@ -157,3 +157,67 @@ def test_text_generation_pipeline() -> None:
     together = writer(texts, batch_size=2, **options)
     apart = [writer(text, **options) for text in texts]
     assert [t[0]["generated_text"] for t in together] == [t[0]["generated_text"] for t in apart]
+
+
+@pytest.mark.parametrize("length", [1, 8])
+def test_masks_that_leave_out_tokens_are_refused(length: int) -> None:
+    """Once the missing end counted as padding, and the text went on without its own token."""
+    model = tiny()
+    with pytest.raises(ValueError, match="attention_mask: expected 9 keys"):
+        model(IDS, attention_mask=torch.ones(2, length))
+    for cache in (
+        DynamicCache(config=model.config),
+        StaticCache(config=model.config, max_cache_len=12),
+    ):
+        model(IDS[:, :8], past_key_values=cache)
+        with pytest.raises(ValueError, match="attention_mask: expected (9|12) keys.*cached tokens"):
+            model(IDS[:, 8:], past_key_values=cache, attention_mask=torch.ones(2, length))
+
+
+def test_bidirectional_model_generates_what_it_computes() -> None:
+    """Every token sees the new one, so that nothing can be kept."""
+    model = tiny(is_causal=False)
+    text = IDS
+    for _ in range(3):
+        text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], 1)
+    for options in ({}, {"cache_implementation": "static"}):
+        made = model.generate(
+            IDS,
+            max_new_tokens=3,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+        assert torch.equal(made.sequences, text)
+        torch.testing.assert_close(made.logits[-1], model(text[:, :-1]).logits[:, -1], **CLOSE)
+    with pytest.raises(ValueError, match="past_key_values: expected none, as config.is_causal"):
+        model(IDS, past_key_values=DynamicCache(config=model.config))
+
+
+def test_prompt_in_pieces_changes_no_token() -> None:
+    model = tiny()
+    plain = generate(model)
+    for kind in ("static", "dynamic"):
+        pieces = generate(model, cache_implementation=kind, prefill_chunk_size=4)
+        assert torch.equal(pieces, plain)
+
+
+def test_model_without_layers_generates() -> None:
+    model = tiny(num_hidden_layers=0)
+    plain = generate(model, use_cache=False)
+    for options in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(generate(model, **options), plain)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    assert torch.equal(model(IDS, past_key_values=cache).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("mask", [None, "ones"])
+def test_packed_documents_are_not_cached(mask: str | None) -> None:
+    """Whoever went on with their cache would see all of them."""
+    model = tiny()
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(2, -1)
+    packed = {"position_ids": places, "attention_mask": mask and torch.ones(2, 9)}
+    assert model(IDS, **packed).get("past_key_values") is None
+    with pytest.raises(ValueError, match="expected one document per row beside a cache"):
+        model(IDS, **packed, past_key_values=DynamicCache(config=model.config))

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gravity_hf.models.lgt import LGTConfig, LGTForCausalLM, LGTModel
 from gravity_hf.models.lgt import geometry as geometry_module
+from gravity_hf.models.lgt.law import Law
+from gravity_hf.models.lgt.placing import documents_of, place_tokens
 
 from .lgt_cases import IDS, OPTIONS, SMALL, padded, tiny
 
@@ -123,6 +125,20 @@ def test_custom_positions() -> None:
         model(inputs_embeds=x, positions=points[:5])
 
 
+def test_points_far_from_the_origin_keep_their_distances(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a table they were once measured from the origin."""
+    model = tiny(LGTModel, vocab_size=None)
+    x, points = torch.randn(2, 40, 32), torch.randn(40, 8) + 100
+    with torch.no_grad():
+        table = model(inputs_embeds=x, positions=points)[0]
+        monkeypatch.setattr(geometry_module, "TABLE_KEYS", 0)
+        torch.testing.assert_close(
+            model(inputs_embeds=x, positions=points)[0], table, atol=1e-5, rtol=1e-5
+        )
+
+
 def test_position_ids_decide_where_tokens_stand() -> None:
     model = tiny()
     shifted = torch.arange(9) + 7
@@ -141,6 +157,13 @@ def test_packed_documents_do_not_see_each_other(causal: bool) -> None:
     packed = logits(model, input_ids=IDS, position_ids=places)
     apart = [logits(model, input_ids=part) for part in (IDS[:, :4], IDS[:, 4:])]
     torch.testing.assert_close(packed, torch.cat(apart, 1), **CLOSE)
+    # Beside a mask, too: of ones, and of padding, whose positions say nothing.
+    ones = {"attention_mask": torch.ones(2, 9)}
+    assert torch.equal(logits(model, input_ids=IDS, position_ids=places, **ones), packed)
+    both = torch.cat([torch.ones(2, 3).long(), places], 1)
+    torch.testing.assert_close(
+        logits(model, **padded("left"), position_ids=both)[:, 3:], packed, **CLOSE
+    )
 
 
 def test_masks_of_four_dimensions_decide_alone() -> None:
@@ -180,6 +203,26 @@ def test_eval_table_follows_what_it_is_made_of() -> None:
     assert embedding.positions.grad is None
 
 
+def test_table_of_inference_mode_stops_no_gradient() -> None:
+    model = tiny()
+    model.model.pos_embedding.requires_grad_(False)
+    with torch.inference_mode():
+        before = model(IDS).logits
+    model(IDS, labels=IDS).loss.backward()
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_tokens_without_values_are_placed() -> None:
+    """On the meta device there are shapes to look at, and nothing else."""
+    law, mask = Law.of(tiny().config), padded("left")["attention_mask"].to("meta")
+    embeds, places = torch.empty(2, 12, 32, device="meta"), torch.ones_like(mask)
+    tokens = place_tokens(law, embeds, mask, places, None, None)
+    assert tokens.places.shape == (2, 12) and tokens.visible.mask.shape == (2, 1, 1, 12)
+    counted = place_tokens(law, embeds, mask, None, None, None)
+    assert counted.places.shape == (2, 12)
+    assert documents_of(places, mask, None, 2, 12).shape == (2, 12, 2)
+
+
 def test_eval_with_gradients_reaches_positions() -> None:
     model = tiny()
     logits(model, input_ids=IDS)
@@ -191,7 +234,8 @@ def test_half_precision_keeps_gravity_and_positions_exact(tmp_path: Path) -> Non
     model = tiny(max_force=None, softening=0.0)
     exact = logits(model, input_ids=IDS)
     model.save_pretrained(tmp_path)
-    for half in (LGTForCausalLM.from_pretrained(tmp_path, dtype=torch.float16), model.half()):
+    loaded = LGTForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    for half in (loaded, model.half(), LGTForCausalLM.from_pretrained(tmp_path).double().half()):
         kinds = {name: weight.dtype for name, weight in half.named_parameters()}
         exempt = {n for n in kinds if "gravity" in n or "pos_embedding" in n}
         assert {n for n, kind in kinds.items() if kind == torch.float32} == exempt
@@ -230,6 +274,10 @@ def test_outputs_on_request() -> None:
             "attention_mask: expected 9 keys",
         ),
         ({"input_ids": IDS, "attention_mask": torch.ones(9)}, "attention_mask: expected"),
+        (
+            {"input_ids": IDS, "attention_mask": torch.ones(1, 1, 9, 9).long()},
+            "attention_mask: expected bool .True = attend. or floats",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(inputs: dict[str, Any], message: str) -> None:
@@ -311,3 +359,13 @@ def test_sizes_of_the_small_model_hold() -> None:
     other = IDS.clone()
     other[:, 0] = 4
     assert (logits(model, input_ids=IDS) - logits(model, input_ids=other))[:, -1].abs().max() > 1e-3
+
+
+def test_given_positions_may_be_far_apart_and_close_together() -> None:
+    """Time stamps, say: neighbours at distance 7 in a space 2000 wide."""
+    model = tiny(LGTModel, vocab_size=None, max_position_embeddings=300)
+    x, places = torch.randn(1, 300, SMALL["hidden_size"]), torch.arange(300.0)[:, None] * 7
+    with torch.no_grad():
+        single = model(inputs_embeds=x, positions=places)[0]
+        double = model.double()(inputs_embeds=x.double(), positions=places.double())[0]
+    torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=0)

@@ -102,6 +102,38 @@ def test_peft_trains_gravity_and_brings_it_back(how: str, tmp_path: Path) -> Non
     torch.testing.assert_close(loaded(input_ids=IDS).logits, logits, **CLOSE)
 
 
+def test_eval_table_follows_adapters() -> None:
+    """Positions that an adapter replaces: switched off and on, exchanged, merged, taken away."""
+    base = tiny()
+    plain = base(IDS).logits
+    settings = LoraConfig(target_modules=["out_proj"], modules_to_save=["pos_embedding"], r=2)
+    adapted = get_peft_model(base, settings).eval()
+    adapted.add_adapter("other", settings)
+    for index, name in enumerate(("default", "other")):
+        copies = base.model.pos_embedding.modules_to_save[name]
+        copies.positions.data.mul_(2.0 + index)
+    with torch.no_grad():
+        seen = []
+        for name in ("default", "other", "default"):
+            adapted.set_adapter(name)
+            seen.append(adapted(input_ids=IDS).logits)
+            with adapted.disable_adapter():
+                torch.testing.assert_close(adapted(input_ids=IDS).logits, plain, **CLOSE)
+        assert torch.equal(seen[0], seen[2])
+        assert min((x - y).abs().max() for x, y in ((*seen[:2],), (seen[0], plain))) > 1e-3
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(IDS).logits, seen[0], **CLOSE)
+
+
+def test_names_that_nobody_reads() -> None:
+    """Token types come from tokenizers; a misspelt name is an error."""
+    for kind in (LGTForSequenceClassification, LGTForTokenClassification, LGTForCausalLM):
+        model, types = tiny(kind), torch.zeros_like(IDS)
+        assert torch.equal(model(IDS, token_type_ids=types).logits, model(IDS).logits)
+        with pytest.raises(TypeError, match="atention_mask"):
+            model(IDS, atention_mask=types)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_sequence_classes_do_not_depend_on_padding(causal: bool) -> None:
     model = tiny(LGTForSequenceClassification, is_causal=causal, num_labels=3)

@@ -107,6 +107,8 @@ def damaged(change: str) -> dict[str, Any]:
         state["env_model.pos_embedding.positions"] = torch.ones(4, 16)
     elif change == "int8":
         state["output_proj._packed_params.dtype"] = torch.ones(1)
+    elif change == "integers":
+        state["fusion.gate.weight"] = state["fusion.gate.weight"].long()
     elif change == "no tensor":
         state["fusion.G"] = 1.0
     return state
@@ -122,6 +124,7 @@ def damaged(change: str) -> dict[str, Any]:
         ("other model", "expected the weights of a published LGT"),
         ("unlike", "max_position_embeddings 16 in env_model"),
         ("int8", "got an int8 model"),
+        ("integers", "fusion.gate.weight: expected dense, finite weights"),
         ("no tensor", "other things under fusion.G"),
     ],
 )
@@ -161,3 +164,6 @@ def test_command_converts_and_says_what_is_wrong(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, [source, target])
     assert again.exit_code == 1
     assert "new or empty folder" in again.stderr
+    bad = CliRunner().invoke(app, [source, str(tmp_path / "bad"), "--self-curvature", "nan"])
+    assert bad.exit_code == 1
+    assert "Error: LGTConfig.curvature: expected a finite number" in bad.stderr

@@ -30,6 +30,10 @@ def test_published_names_are_accepted() -> None:
     config = TriModelConfig(dim_model=8, num_layers=1, num_heads=2, use_fractal_positions=True)
     assert (config.hidden_size, config.num_hidden_layers) == (8, 1)
     assert config.stream_config("self").position_type == "fractal"
+    streams = {"world": {"num_layers": 3, "use_fractal_positions": False}}
+    config = TriModelConfig(streams=streams, use_fractal_positions=True)
+    assert [config.stream_config(x).num_hidden_layers for x in STREAMS] == [3, 4, 4]
+    assert config.stream_config("world").position_type == "curved"
 
 
 @pytest.mark.parametrize("mask_padding", [True, False])
@@ -130,6 +134,11 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     assert all(grad.abs().sum() > 0 for name, grad in grads[0].items() if "gravity" in name)
 
 
+def test_reentrant_checkpointing_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected use_reentrant=False"):
+        tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
+
+
 def test_diagnostics_tell_of_the_forces_and_leave_no_observer() -> None:
     model, inputs = tiny_model(max_force=3.0), ids_of(tokens())
     plain = model(**inputs)
@@ -153,6 +162,12 @@ def test_diagnostics_tell_of_the_forces_and_leave_no_observer() -> None:
         ({"streams": {"env": {"hidden_size": 32}}}, "hidden_size 16"),
         ({"streams": {"env": {"max_force": -1.0}}}, "max_force"),
         ({"softening": -0.1}, "softening"),
+        ({"fooo": 1}, r"TriModelConfig: expected names of its settings, got \['fooo'\]"),
+        ({"num_layers": 3}, "num_hidden_layers: expected one value, got 2"),
+        (
+            {"streams": {"env": {"num_layers": 3, "num_hidden_layers": 2}}},
+            "num_hidden_layers: expected one value, got two",
+        ),
         ({"output_dim": 0}, "output_dim: expected an integer >= 1"),
         ({"num_attention_heads": 3}, "hidden_size"),
     ],
@@ -180,3 +195,18 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, Any], said: str) -
 def test_a_model_without_vocabulary_refuses_ids() -> None:
     with pytest.raises(ValueError, match="has no vocabulary"):
         tiny_model(vocab_size=None)(**ids_of(tokens()))
+
+
+def test_streams_come_back_as_they_have_grown(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.world_model.curvature = 0.3
+    model.env_model.add_layer()
+    inputs = ids_of(tokens())
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert again.world_model.curvature == 0.3
+    with torch.no_grad():
+        after = again(**inputs).last_hidden_state
+    torch.testing.assert_close(after, before, atol=2e-6, rtol=0)
