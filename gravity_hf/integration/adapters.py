@@ -25,6 +25,7 @@ from transformers.utils.hub import cached_file
 from ..config import GravityConfig
 from .guards import GRAVITY_LORA
 from .hosts import gravity_modules, select_sites, settings_of
+from .own_models import is_own_model
 from .patching import patch_structure, unpatch_gravity
 from .publishing import route_adapters
 from .sites import find_attention_sites
@@ -59,7 +60,8 @@ def load_gravity_adapter(
     """Put a gravity adapter (LoRA and masses) on `model`.
 
     Args:
-        model: the adapter's base: unpatched, or patched with the adapter's settings.
+        model: the adapter's base: unpatched, or patched with the adapter's settings; or a model
+            that is gravity by construction (LGT).
         name_or_path: folder or Hub repository written by a `gravity_lora` model.
         patch: patch an unpatched base as the adapter says; False refuses it.
         is_trainable: go on training the adapter.
@@ -71,6 +73,8 @@ def load_gravity_adapter(
     """
     where = os.fspath(name_or_path)
     config = _read_config(where, hub)
+    if is_own_model(model) and config.gravity is None:
+        return _on_own_model(model, where, config, is_trainable, hub)
     settings = _settings(where, config)
     weights = load_peft_weights(where, device="cpu", **hub)
     patched = settings_of(model)
@@ -100,6 +104,26 @@ def load_gravity_adapter(
         if not hasattr(model, "peft_config"):
             unpatch_gravity(model)
         raise
+
+
+def _on_own_model(
+    model: PreTrainedModel,
+    where: str,
+    config: GravityLoraConfig,
+    is_trainable: bool,
+    hub: dict[str, Any],
+) -> PeftModel:
+    """An adapter without settings of a patch, on a base that needs none."""
+    weights = load_peft_weights(where, device="cpu", **hub)
+    known = {name for name, _ in model.named_parameters()}
+    stored = (name.removeprefix("base_model.model.") for name in weights if ".gravity." in name)
+    foreign = sorted(name for name in stored if "lora_" not in name and name not in known)
+    if foreign:
+        raise ValueError(
+            f"{where}: expected the gravity of a {type(model).__name__} of this size, got "
+            f"{foreign[0]}. The adapter belongs to another base"
+        )
+    return PeftModel.from_pretrained(model, where, config=config, is_trainable=is_trainable, **hub)
 
 
 def base_of_adapter(adapter_config_file: str) -> str:

@@ -25,6 +25,7 @@ from .fitting import BUDGET_PASSES, SOFTENING_PASSES, fit_budget, fit_softening
 from .following import FollowingAgreement, FollowingMoments
 from .hosts import gravity_modules, settings_of
 from .observers import Agreement, Moments
+from .own_models import refuse_own
 from .passes import Passes
 from .patching import refuse_wrapped
 from .placement import execution_device
@@ -81,6 +82,7 @@ def calibrate(
 
     Raises:
         RuntimeError: the model is not patched, or is wrapped.
+        TypeError: it is gravity by construction.
         ValueError: arguments outside their range or against each other, no batches, an attention
             module that no batch reached, or statistics that are not finite.
     """
@@ -140,10 +142,16 @@ def measure_attention(
 
     Raises:
         RuntimeError: the model has no gravity.
+        TypeError: it is gravity by construction.
         ValueError: no batches, an attention module that no batch reached, or statistics that are
             not finite.
     """
     refuse_split(model, "measure_attention")
+    refuse_own(
+        model,
+        "measure_attention",
+        "It has no dot product to compare with: gravity_hf.runtime.MirrorLayer shows its forces",
+    )
     modules = gravity_modules(model)
     if not modules:
         raise RuntimeError(
@@ -176,6 +184,7 @@ def _check(
 ) -> GravityConfig:
     refuse_wrapped(model, "calibrate", "expected this order: load, patch, calibrate, LoRA")
     refuse_split(model, "calibrate")
+    refuse_own(model, "calibrate", "It has no host to start from: train it")
     settings = settings_of(model)
     if settings is None:
         raise RuntimeError(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file
 
@@ -19,6 +19,7 @@ from ..layers.parameters import GravityParameters
 from . import hosts
 from .autos import MODEL_TYPE_PREFIX
 from .mass_log import check_mass_counts, read_mass_log
+from .own_models import is_own_config, own_model_class, read_config, refuse_own
 from .patching import patch_with_gravity
 from .sites import find_attention_sites
 
@@ -32,8 +33,9 @@ _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_d
 def load_gravity_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load any gravity checkpoint; software that would run it as dot product never gets the chance.
 
-    Reads, in this order: a folder or Hub repository saved from a patched model; a LoRA adapter made
-    by `gravity_lora` (its base is loaded and patched first); a plain host with Gravity-2's
+    Reads, in this order: a folder or Hub repository saved from a patched model, or from a model
+    that is gravity by construction (LGT, the tri-model); a LoRA adapter made by `gravity_lora` (its
+    base is loaded, and patched where it is a host); a plain host with Gravity-2's
     `gravity_mass_log.pt` (or `.safetensors`) beside it.
 
     Args:
@@ -41,10 +43,11 @@ def load_gravity_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTra
         **kwargs: for `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...
 
     Returns:
-        The patched model, or the `PeftModel` over it for an adapter.
+        The model, in the class that wrote it, or the `PeftModel` over it for an adapter.
 
     Raises:
-        ValueError: neither kind, or a mass file that does not fit the host.
+        ValueError: no such kind, settings that do not fit together, or a mass file that does not
+            fit the host.
     """
     where = os.fspath(name_or_path)
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
@@ -54,15 +57,15 @@ def load_gravity_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTra
 
         base = load_host_or_gravity(base_of_adapter(adapter), **kwargs)
         return load_gravity_adapter(base, where, **hub)
-    config = AutoConfig.from_pretrained(where, **hub)
-    if config.model_type.startswith(MODEL_TYPE_PREFIX):
+    config = read_config(where, **hub)
+    if config.model_type.startswith(MODEL_TYPE_PREFIX) or is_own_config(config):
         return load_host_or_gravity(where, **kwargs)
     found = (_find(where, name, hub) for name in MASS_LOG_NAMES)
     mass_log = next((path for path in found if path is not None), None)
     if mass_log is None:
         raise ValueError(
-            f"{where}: expected a gravity model (model_type gravity_..., a gravity adapter, or "
-            f"{MASS_LOG_NAMES[1]} beside the weights), got a plain {config.model_type}. Load it "
+            f"{where}: expected a gravity model (model_type gravity_... or lgt, a gravity adapter, "
+            f"or {MASS_LOG_NAMES[1]} beside the weights), got a plain {config.model_type}. Load it "
             "with its Auto class and convert it: patch_with_gravity(model), calibrate(model, ...)"
         )
     return load_gravity_mass_log(load_host_or_gravity(where, **kwargs), mass_log)
@@ -84,7 +87,9 @@ def load_gravity_mass_log(model: Model, path: str | os.PathLike) -> Model:
 
     Raises:
         ValueError: the file is not such a file, or does not fit the model.
+        TypeError: the model is gravity by construction.
     """
+    refuse_own(model, "load_gravity_mass_log", "Its masses come from its hidden states")
     patched = hosts.settings_of(model)
     settings = patched or GravityConfig()
     if settings.distance != "euclidean" or settings.law != "force":
@@ -109,12 +114,17 @@ def load_gravity_mass_log(model: Model, path: str | os.PathLike) -> Model:
 def load_host_or_gravity(where: str, **kwargs: Any) -> PreTrainedModel:
     """`from_pretrained` of the class that `config.json` names, gravity or not."""
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    config = AutoConfig.from_pretrained(where, **hub)
+    config = read_config(where, **hub)
     return model_class_of(config).from_pretrained(where, **kwargs)
 
 
 def model_class_of(config: PreTrainedConfig) -> Any:
-    """The class that wrote a checkpoint; an Auto class where `config.json` does not say."""
+    """The class that wrote a checkpoint; an Auto class where `config.json` does not say.
+
+    ValueError where it names a class that a model of this library's own does not have.
+    """
+    if is_own_config(config):
+        return own_model_class(config)
     ours = isinstance(config, hosts.GravityHostConfig)
     for name in config.architectures or ():
         # A host with a part that was patched on its own names its own class.

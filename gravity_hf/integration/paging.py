@@ -19,6 +19,7 @@ from .attention import gravity_attention_forward
 from .carrier import CARRIER_NAME, carried, is_served
 from .hosts import GravityHost
 from .implementations import ATTENTION_NAME, configs_of
+from .own_models import refuse_own
 
 _UPDATE_ARGUMENTS = frozenset(inspect.signature(PagedAttentionCache.update).parameters)
 
@@ -65,7 +66,8 @@ def gravity_serving(*models: nn.Module) -> Iterator[None]:
 
     Raises:
         RuntimeError: a model is not patched, or its attention was set to something else.
-        TypeError: a model does not generate, or is an encoder-decoder.
+        TypeError: a model does not generate, is an encoder-decoder, or is gravity by construction
+            (LGT), whose masses have no place in the batcher's cache.
         NotImplementedError: the installed transformers batches in a way not known here.
     """
     _require_known_batching()
@@ -142,6 +144,8 @@ def _mask_of(module: nn.Module, masks: Tensor | dict[str, Tensor] | None) -> Ten
 
 def _gravity_configs(model: nn.Module) -> list[PreTrainedConfig]:
     """The config objects that name the attention of `model`'s modules."""
+    instead = "Its masses have no place in the batcher's cache. Use model.generate"
+    refuse_own(model, "gravity_serving", instead)
     host = next((m for m in model.modules() if isinstance(m, GravityHost)), None)
     if host is None:
         raise RuntimeError(

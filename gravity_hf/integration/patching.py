@@ -32,6 +32,14 @@ from .hosts import (
     settings_of,
 )
 from .implementations import ATTENTION_NAME, configs_of, name_gravity, restore_attention
+from .own_models import (
+    gravity_in_words,
+    is_own_model,
+    own_attention_names,
+    own_gravity_parameters,
+    refuse_own,
+    sizes_in_words,
+)
 from .placement import execution_device
 from .sites import AttentionSite, find_attention_sites, find_own_attention
 from .tensor_parallel import refuse_split
@@ -41,6 +49,8 @@ logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 _RIGHT_ORDER = "load, patch_with_gravity, LoRA, then compile or wrap"
+# What else than "sdpa" an attention implementation stands for in models of this library's own.
+_OWN_IMPLEMENTATIONS = {"eager": "reference", "flex_attention": "flex"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,11 @@ class GravityStatus:
     `layers`: converted attention modules; `skipped`: those that keep dot-product attention, by
     choice or because they compute attention on their own; `implementation`: what computes gravity
     where the model is now, `reason`: why that; `parameters`: added numbers.
+
+    Of a model that is gravity by construction (LGT, the tri-model) nothing is patched and `config`
+    is None: `own` says its sizes, law, distance and cap, a line each; `layers` are all of its
+    attention modules, `skipped` what else attends (the tri-model's fusion), `parameters` all
+    numbers in its gravity, positions included. `own` is empty for hosts.
     """
 
     patched: bool
@@ -60,8 +75,16 @@ class GravityStatus:
     implementation: str
     parameters: int
     reason: str = ""
+    own: tuple[str, ...] = ()
+
+    @property
+    def is_gravity(self) -> bool:
+        """Whether attention is gravity: patched in, or by construction."""
+        return self.patched or bool(self.own)
 
     def __str__(self) -> str:
+        if self.own:
+            return "\n".join(self._own_lines())
         if not self.patched or self.config is None:
             return f"{self.model}: not patched ({self.implementation} attention)"
         config = self.config
@@ -74,6 +97,17 @@ class GravityStatus:
         if self.skipped:
             lines.append(f"  dot product kept in {len(self.skipped)}: {', '.join(self.skipped)}")
         return "\n".join(lines)
+
+    def _own_lines(self) -> list[str]:
+        lines = [
+            f"{self.model}: gravity by construction in {len(self.layers)} attention modules",
+            *(f"  {line}" for line in self.own),
+            f"  {self.parameters} numbers in G, mass projections and positions",
+            f"  implementation {self.implementation}: {self.reason}",
+        ]
+        if self.skipped:
+            lines.append(f"  dot product in {len(self.skipped)}: {', '.join(self.skipped)}")
+        return lines
 
 
 class _Plan(NamedTuple):
@@ -99,7 +133,8 @@ def patch_with_gravity(model: Model, config: GravityConfig | None = None) -> Mod
         The same object. Patching again with the same settings changes nothing.
 
     Raises:
-        TypeError: not a transformers model, or its attention cannot be replaced.
+        TypeError: not a transformers model, its attention cannot be replaced, or it is gravity
+            already, by construction.
         ValueError: the settings do not fit the model, or its attention has an argument that gravity
             cannot honour.
         RuntimeError: wrong order (already under LoRA, compiled or wrapped), or already patched with
@@ -128,8 +163,10 @@ def unpatch_gravity(model: Model) -> Model:
 
     Raises:
         RuntimeError: the model is not patched, or a LoRA adapter still holds copies of the masses.
+        TypeError: it is gravity by construction.
     """
     refuse_wrapped(model, "unpatch_gravity", "first model.unload() or model.merge_and_unload()")
+    refuse_own(model, "unpatch_gravity", "There is no host under it to go back to")
     if not isinstance(model, GravityHost):
         raise RuntimeError(f"unpatch_gravity: {type(model).__name__} is not patched")
     for name in gravity_modules(model):
@@ -149,9 +186,14 @@ def unpatch_gravity(model: Model) -> Model:
 
 
 def gravity_status(model: nn.Module) -> GravityStatus:
-    """What is patched in `model`, with what, and how it is computed. Works under peft, too."""
+    """What is patched in `model`, with what, and how it is computed. Works under peft, too.
+
+    Of a model that is gravity by construction: its law and sizes; see `GravityStatus.own`.
+    """
     modules = gravity_modules(model)
     host: Any = model.get_base_model() if _is_peft(model) else model  # type: ignore[operator]
+    if is_own_model(host):
+        return _status_of_own(host)
     settings = settings_of(host)
     current = getattr(getattr(host, "config", None), "_attn_implementation", None) or "own"
     if is_served(getattr(host, "config", None)):
@@ -163,7 +205,7 @@ def gravity_status(model: nn.Module) -> GravityStatus:
     kept = tuple(site.name for site in sites if not hasattr(site.module, "gravity"))
     implementation, reason = current, "set in place of gravity"
     if current == ATTENTION_NAME:
-        implementation, reason = _implementation(host, settings)
+        implementation, reason = _implementation(host, settings.implementation)
     return GravityStatus(
         patched=current == ATTENTION_NAME,
         model=type(host).__name__,
@@ -176,10 +218,32 @@ def gravity_status(model: nn.Module) -> GravityStatus:
     )
 
 
-def _implementation(model: nn.Module, settings: GravityConfig) -> tuple[str, str]:
+def _status_of_own(model: PreTrainedModel) -> GravityStatus:
+    config = model.config
+    named = getattr(config, "_attn_implementation", None)
+    asked = _OWN_IMPLEMENTATIONS.get(named or "", config.implementation)
+    implementation, reason = _implementation(model, asked)
+    own = {id(parameter) for parameter in own_gravity_parameters(model)}
+    # Under peft the frozen originals stand beside the copies in force.
+    counted = (p for n, p in model.named_parameters() if ".original_module." not in n)
+    others = (n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
+    return GravityStatus(
+        patched=False,
+        model=type(model).__name__,
+        config=None,
+        layers=own_attention_names(model),
+        skipped=tuple(others),
+        implementation=implementation,
+        parameters=sum(p.numel() for p in counted if id(p) in own),
+        reason=reason,
+        own=(sizes_in_words(config), *gravity_in_words(config)),
+    )
+
+
+def _implementation(model: nn.Module, asked: str) -> tuple[str, str]:
     """What computes gravity in `model` on its device, and why."""
-    if settings.implementation != "auto":
-        return settings.implementation, "as the settings name it"
+    if asked != "auto":
+        return asked, "as the settings name it"
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     device = execution_device(model) or torch.device("cpu")
     return explain_implementation(
@@ -211,6 +275,11 @@ def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
             f"patched model uses too ({type(model.config).__name__}). Build each model from "
             "copy.deepcopy(config); of a part of a model, patch the whole"
         )
+    refuse_own(
+        model,
+        "patch_with_gravity",
+        "There is nothing to patch: train and use it as it is; gravity_status(model) shows its law",
+    )
     sites = select_sites(find_attention_sites(model), settings)
     _check_implementation(model, sites, settings.implementation)
     for site in sites:

@@ -9,12 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .autos import MODEL_TYPE_PREFIX
 from .hosts import CLASS_PREFIX
 from .loading import model_class_of
+from .own_models import is_own_config, read_config, why_no_text
 from .paging import gravity_serving
 
 _NOTHING = object()
@@ -45,10 +46,16 @@ def servable(folder: str | os.PathLike, *, continuous_batching: bool) -> Iterato
     there for as long, and models loaded through it run under continuous batching if asked to.
 
     Raises:
-        ValueError: the folder holds no gravity model, or none that generates text from text.
+        ValueError: the folder holds no gravity model, or none that generates text from text, or
+            continuous batching is asked of a model that is gravity by construction (LGT).
     """
-    config = AutoConfig.from_pretrained(os.fspath(folder))
+    config = read_config(os.fspath(folder))
     name = _gravity_class_name(folder, config)
+    if continuous_batching and is_own_config(config):
+        raise ValueError(
+            f"expected no continuous batching, {os.fspath(folder)!r} holds {name}, whose masses "
+            "have no place in the batcher's cache. Leave out --continuous-batching"
+        )
     shelf = _where_the_server_looks()
     with ExitStack() as contexts:
         served = _ServedClass(model_class_of(config), contexts if continuous_batching else None)
@@ -79,6 +86,14 @@ def _where_the_server_looks() -> ModuleType:
 
 def _gravity_class_name(folder: str | os.PathLike, config: PreTrainedConfig) -> str:
     """`GravityQwen2ForCausalLM` for a folder that the server can run with gravity."""
+    if is_own_config(config):
+        reason = why_no_text(config)
+        if reason is None:
+            return config.architectures[0]
+        raise ValueError(
+            f"expected a causal model that continues text, {os.fspath(folder)!r} holds {reason}. "
+            "Load it in Python with gravity_hf.load_gravity_model"
+        )
     if not config.model_type.startswith(MODEL_TYPE_PREFIX):
         raise ValueError(
             f"expected a gravity model (model_type {MODEL_TYPE_PREFIX}...), {os.fspath(folder)!r} "

@@ -9,10 +9,9 @@ that was removed, inserted or moved does not follow the one before it.
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any, NamedTuple
 
-from .encoding import strict_json
+from .encoding import parsed_json, strict_json
 
 GENESIS = "0" * 64
 _LINK_KEYS = ("previous", "hash")
@@ -41,11 +40,12 @@ def chained_line(position: int, previous: str, body: str) -> tuple[str, str]:
 
 def is_chained(raw: bytes) -> bool:
     """Whether a line says that it belongs to a chain."""
-    try:
-        record = json.loads(raw)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and "hash" in record
+    return "hash" in _object(raw)
+
+
+def is_entry(raw: bytes) -> bool:
+    """Whether a line is an entry of a ledger, as they were before there were chains."""
+    return _object(raw).keys() >= set(PUBLISHED_KEYS)
 
 
 def check_line(raw: bytes, position: int, previous: str) -> tuple[str, str | None]:
@@ -57,7 +57,7 @@ def check_line(raw: bytes, position: int, previous: str) -> tuple[str, str | Non
         previous: the hash of the line before.
     """
     try:
-        record: Any = json.loads(raw)
+        record: Any = parsed_json(raw)
     except ValueError:
         return previous, "is not JSON: edited or damaged"
     if not isinstance(record, dict) or any(key not in record for key in _LINK_KEYS):
@@ -74,8 +74,17 @@ def strict_json_or_none(value: Any) -> str | None:
     """`strict_json`, or None where the value is none of ours."""
     try:
         return strict_json(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    """The JSON object of a line; empty where it is something else."""
+    try:
+        record = parsed_json(raw)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _text(raw: bytes) -> str:

@@ -42,6 +42,14 @@ def strict_json(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
 
 
+def parsed_json(text: str | bytes) -> Any:
+    """What `text` says; ValueError also where it is nested deeper than Python can read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("expected JSON, got one that is nested too deeply to be read") from error
+
+
 def _encoded(value: Any, where: str, depth: int) -> Any:
     if depth > _DEEPEST:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ _CURVATURE_FACTOR = 1.1
 _MOST_CURVATURE = 0.5
 _DEFAULT_LAYERS, _DEFAULT_CURVATURE = 4, 0.15
 GROWTH_STEPS = 100
+_ADAPTED = "one with adapters of peft"
+_MERGE = "Merge first (merge_and_unload), grow, then add LoRA"
 
 
 def propose_architecture_change(
@@ -27,7 +30,8 @@ def propose_architecture_change(
     """What the published scoring proposes for a stability in [0, 1].
 
     Below the threshold nothing; above 0.98 one more layer; between, ten per cent more curvature, at
-    most 0.5. A proposal is no evidence that the model would be better for it.
+    most 0.5; none where that is no growth. A proposal is no evidence that the model would be better
+    for it.
 
     Args:
         current_config: a mapping or config with `num_layers` (4 where missing) and `curvature`
@@ -36,7 +40,8 @@ def propose_architecture_change(
     Returns:
         `change`, `new_num_layers` or `new_curvature`, and `reason`; None: no proposal.
     """
-    if stability < stability_threshold:
+    # So that NaN, too, proposes nothing.
+    if not stability >= stability_threshold:
         return None
     if stability > _ADD_LAYER_ABOVE:
         return {
@@ -44,12 +49,42 @@ def propose_architecture_change(
             "new_num_layers": _read(current_config, "num_layers", _DEFAULT_LAYERS) + 1,
             "reason": f"stability={stability:.3f} exceeds add_layer threshold",
         }
-    curvature = _read(current_config, "curvature", _DEFAULT_CURVATURE)
+    curvature = grown_curvature(_read(current_config, "curvature", _DEFAULT_CURVATURE))
+    if curvature is None:
+        return None
     return {
         "change": INCREASE_CURVATURE,
-        "new_curvature": round(min(curvature * _CURVATURE_FACTOR, _MOST_CURVATURE), 4),
+        "new_curvature": curvature,
         "reason": f"stability={stability:.3f}; moderate growth via curvature",
     }
+
+
+def grown_curvature(curvature: float) -> float | None:
+    """Ten per cent more, of the same sign and at most 0.5 in size; None where that is not more."""
+    size = round(min(abs(curvature) * _CURVATURE_FACTOR, _MOST_CURVATURE), 4)
+    return math.copysign(size, curvature) if size > abs(curvature) else None
+
+
+def can_grow(model: Any, change: str) -> bool:
+    """Whether `apply_architecture_change` could make this change to `model`."""
+    if has_adapters(model):
+        return False
+    if change == ADD_LAYER:
+        return callable(getattr(model, "add_layer", None))
+    return has_curvature(model)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether peft wraps `model` or has put its layers into it."""
+    kept = ("base_layer", "original_module")
+    return hasattr(model, "get_base_model") or any(
+        name in module._modules for module in model.modules() for name in kept
+    )
+
+
+def has_curvature(model: nn.Module | None) -> bool:
+    """Whether `model.curvature` can be set: embeddings have one that is a tensor."""
+    return getattr(type(getattr(type(model), "curvature", None)), "__set__", None) is not None
 
 
 class CurvatureGrowth:
@@ -114,11 +149,13 @@ def apply_architecture_change(
     ledger: Ledger | None = None,
     steps: int = GROWTH_STEPS,
 ) -> ArchitectureChange:
-    """Grow `model` as `proposal` says. What it computes does not change at that moment: a new layer
-    adds nothing until it is trained, and the curvature moves with `change.growth.step()`.
+    """Grow `model` as `proposal` says. What it computes does not change at that moment, up to the
+    rounding and `eps` of one more norm: a new layer adds nothing until it is trained, and the
+    curvature moves with `change.growth.step()`.
 
     Args:
-        model: an LGT, with or without a head; for curvature, any with one that can be set.
+        model: an LGT, with or without a head; for curvature, any with one that can be set. Not
+            under adapters, whose files hold neither the layer nor the curvature.
         proposal: of `propose_architecture_change` or containment.
         ledger: gets an `architecture_change`.
         steps: over how many steps the curvature moves.
@@ -129,6 +166,11 @@ def apply_architecture_change(
         In both cases nothing is changed.
     """
     change = proposal.get("change")
+    if has_adapters(model):
+        raise TypeError(
+            f"apply_architecture_change: expected a model without adapters, got {_ADAPTED} of "
+            f"{type(model).__name__}: saving the adapter would lose the growth. {_MERGE}"
+        )
     if change == ADD_LAYER:
         applied = _add_layer(model, _number(proposal, "new_num_layers"))
     elif change == INCREASE_CURVATURE:
@@ -164,10 +206,10 @@ def _add_layer(model: Any, wanted: float) -> ArchitectureChange:
 
 
 def _refuse_without_curvature(model: nn.Module) -> None:
-    if getattr(type(getattr(type(model), "curvature", None)), "__set__", None) is None:
+    if not has_curvature(model):
         raise TypeError(
-            f"expected a model whose curvature can be set, such as an LGT, got "
-            f"{type(model).__name__}: its distances are not curved"
+            f"expected a model with a curvature of its own that can be set, such as an LGT, got "
+            f"{type(model).__name__} without"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import threading
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .chain import PUBLISHED_KEYS, Head
-from .encoding import json_value, strict_json
+from .encoding import json_value, parsed_json, strict_json
 from .ledger_file import LedgerFile
 from .verification import LedgerReport, verify
 
@@ -62,12 +61,16 @@ class Ledger:
         agent_id: who logs.
         persist_path: a `.jsonl` file, made with its folders when first written. None: memory only.
         max_memory_entries: with a file, that many entries are flushed together; without one, or
-            with `write_through`, the oldest make room for new ones.
+            with `write_through`, the oldest make room for new ones. While the file cannot be
+            written (a full disk), `entries` forgets the oldest too, but what waits for the file is
+            kept, however much it is.
         write_through: write each entry as it is logged.
         fsync: see `LedgerFile`.
 
     Raises:
-        LedgerError: the file was cut short or changed since it was last appended to.
+        LedgerError: the file was cut short, or changed at its end, since it was last appended to;
+            earlier lines are read by `verify` alone.
+        ValueError: settings that cannot be honoured; `persist_path` is a folder.
 
     Example:
         >>> ledger = Ledger("agent")
@@ -107,10 +110,15 @@ class Ledger:
         """Note an event. The entry has a copy of `payload` as JSON knows it (see `json_value`).
 
         Raises:
-            TypeError, ValueError: `payload` has no JSON form; nothing is logged.
+            TypeError, ValueError: `payload` is no mapping or has no JSON form; nothing is logged.
             LedgerError, OSError: the file could not be appended to; the entry stays in memory.
         """
         payload = json_value({} if payload is None else payload)
+        if not isinstance(payload, dict):
+            raise TypeError(
+                f"Ledger.log: payload: expected a mapping, got {payload!r:.60}. Give it a name: "
+                "{'value': ...}"
+            )
         entry = LedgerEntry(agent_id=self.agent_id, event=str(event), payload=payload)
         # Now: whoever gets the entry may change its payload before it is written.
         body = None if self._file is None else strict_json(vars(entry))
@@ -154,12 +162,7 @@ class Ledger:
         Raises:
             ValueError: it is no snapshot; nothing is changed.
         """
-        try:
-            past = [LedgerEntry(**entry) for entry in snapshot["entries"]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"Ledger.restore: expected what Ledger.snapshot() gives, got {snapshot!r:.80}"
-            ) from error
+        past = entries_of(snapshot)
         with self._lock:
             known = {entry.entry_id for entry in self._entries}
             past = [entry for entry in past if entry.entry_id not in known]
@@ -213,6 +216,38 @@ class Ledger:
             self._process, self._pending = os.getpid(), []
 
 
+def entries_of(snapshot: Any) -> list[LedgerEntry]:
+    """The entries of a `Ledger.snapshot()`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        past = [
+            LedgerEntry(**{key: json_value(entry[key]) for key in PUBLISHED_KEYS})
+            for entry in snapshot["entries"]
+        ]
+        fits = all(_fits(entry) for entry in past)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(_no_snapshot(snapshot)) from error
+    if not fits:
+        raise ValueError(_no_snapshot(snapshot))
+    return past
+
+
+def _fits(entry: LedgerEntry) -> bool:
+    texts = (entry.entry_id, entry.agent_id, entry.event)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(entry.timestamp, int | float)
+        and isinstance(entry.payload, dict)
+    )
+
+
+def _no_snapshot(got: Any) -> str:
+    return f"Ledger.restore: expected what Ledger.snapshot() gives, got {got!r:.80}"
+
+
 def read_ledger(path: str | os.PathLike[str]) -> Iterator[LedgerEntry]:
     """The entries of a ledger's file, chained or from before there were chains, oldest first. A
     torn last line is left out; `verify` says whether the rest can be trusted.
@@ -225,7 +260,7 @@ def read_ledger(path: str | os.PathLike[str]) -> Iterator[LedgerEntry]:
             if not raw.endswith(b"\n"):
                 return
             try:
-                record = json.loads(raw)
+                record = parsed_json(raw)
                 yield LedgerEntry(**{key: record[key] for key in PUBLISHED_KEYS})
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(

@@ -8,19 +8,20 @@ after a crash, `<path>.torn` (the part of a line that was being written).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
-from .chain import GENESIS, Head, chained_line, check_line, is_chained
-from .encoding import strict_json
+from .chain import GENESIS, Head, chained_line, check_line, is_chained, is_entry
+from .encoding import parsed_json, strict_json
 
 _logger = logging.getLogger(__name__)
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 class LedgerError(RuntimeError):
@@ -42,9 +43,9 @@ def read_head(path: Path) -> Head | None:
     if not file.is_file():
         return None
     try:
-        head = Head(**json.loads(file.read_text(encoding="utf-8")))
-        fits = isinstance(head.count, int) and isinstance(head.size, int)
-        if fits and isinstance(head.hash, str):
+        head = Head(**parsed_json(file.read_text(encoding="utf-8")))
+        counted = all(type(x) is int and x >= 0 for x in (head.count, head.size))
+        if counted and _HASH.fullmatch(head.hash):
             return head
     except (ValueError, TypeError):
         pass
@@ -61,10 +62,19 @@ class LedgerFile:
         path: the file; made with its folders by the first append.
         fsync: wait until the lines are on the disk, so that a loss of power cannot take them
             either. Without it they survive the end of the process, however it ends.
+
+    Raises:
+        ValueError: `path` is a folder.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, fsync: bool = True) -> None:
-        self.path = Path(path).absolute()
+        # What a link leads to: the head lies beside the file itself.
+        self.path = Path(path).resolve()
+        if self.path.is_dir():
+            raise ValueError(
+                f"Ledger: persist_path: expected a file, got the folder {str(path)!r}. Name a "
+                ".jsonl file in it"
+            )
         self.fsync = fsync
 
     def append(self, bodies: Sequence[str]) -> Head:
@@ -74,7 +84,8 @@ class LedgerFile:
             bodies: JSON objects with the published keys, as text without line breaks.
 
         Raises:
-            LedgerError: the file was cut short or changed since it was last appended to.
+            LedgerError: the file was cut short, or changed at its end, since it was last appended
+                to.
             OSError: it could not be written; the file is as it was.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +97,14 @@ class LedgerFile:
                 lines.append(line.encode() + b"\n")
             data = b"".join(lines)
             self._write(data, head.size)
-            head = Head(head.count + len(lines), last, head.size + len(data))
-            self._write_head(head)
-        return head
+            longer = Head(head.count + len(lines), last, head.size + len(data))
+            try:
+                self._write_head(longer)
+            except OSError:
+                # Or whoever tries again writes the lines twice.
+                os.truncate(self.path, head.size)
+                raise
+        return longer
 
     def recover(self) -> Head | None:
         """Set a torn last line aside, where a crash left one; the end of the file. None where there
@@ -132,6 +148,11 @@ class LedgerFile:
                     if not raw.endswith(b"\n"):
                         self._set_aside(raw, size)
                         break
+                    if not is_entry(raw):
+                        raise LedgerError(
+                            f"{self.path}: line {count + 1}: expected an entry of a ledger, got "
+                            f"{raw[:60]!r}. Nothing is appended; log to a new file"
+                        )
                     digest.update(raw)
                     count, size = count + 1, size + len(raw)
         return Head(count, digest.hexdigest() if count else GENESIS, size)
@@ -177,21 +198,29 @@ class LedgerFile:
     def _write_head(self, head: Head) -> None:
         target = beside(self.path, "head")
         unfinished = target.with_name(f".{target.name}.tmp")
-        with unfinished.open("w", encoding="utf-8") as file:
+        # Made anew, never opened: it could be somebody's link to another file.
+        unfinished.unlink(missing_ok=True)
+        with unfinished.open("x", encoding="utf-8") as file:
             file.write(strict_json(head._asdict()) + "\n")
             file.flush()
             self._settle(file.fileno())
         unfinished.replace(target)
         if self.fsync and os.name == "posix":
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            # Without it a loss of power may bring the older head back, which catches up.
+            with suppress(OSError):
+                _settle_folder(target.parent)
 
     def _settle(self, descriptor: int) -> None:
         if self.fsync:
             os.fsync(descriptor)
+
+
+def _settle_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from .growth import (
     STABILITY_THRESHOLD,
     ArchitectureChange,
     apply_architecture_change,
+    can_grow,
     propose_architecture_change,
 )
 from .ledger import Ledger
@@ -105,7 +106,8 @@ class LGTVictorOSModule(VictorOSBaseModule):
                 "stability_score": stability,
                 "corrections": self.corrections,
                 "output_mean": values.mean(),
-                "output_std": values.std(),
+                # One number has no spread.
+                "output_std": values.std() if values.numel() > 1 else 0.0,
             },
         )
         return {"output": output, "diagnostics": diagnostics, "stability": stability}
@@ -126,10 +128,12 @@ class LGTVictorOSModule(VictorOSBaseModule):
         stability_threshold: float = STABILITY_THRESHOLD,
     ) -> dict[str, Any] | None:
         """`growth.propose_architecture_change` at the present stability, logged. Without
-        `current_config`, of the model as it is."""
+        `current_config`, of the model as it is: None where it cannot grow so."""
         config = self._config() if current_config is None else current_config
         stability = self.mirror_layer.stability_score()
         proposal = propose_architecture_change(config, stability, stability_threshold)
+        if proposal is not None and current_config is None:
+            proposal = proposal if can_grow(self.model, proposal["change"]) else None
         if proposal is not None:
             self.ledger.log("architecture_proposal", proposal)
         return proposal
@@ -155,6 +159,11 @@ class LGTVictorOSModule(VictorOSBaseModule):
         return {name: value for name, value in known.items() if value is not None}
 
     def _inputs(self, x: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(x, Mapping | Tensor):
+            raise TypeError(
+                f"LGTVictorOSModule: expected a tensor, or a mapping of them by name, got "
+                f"{type(x).__name__}. Pass torch.tensor(...)"
+            )
         device = next(self.model.parameters()).device
         if isinstance(x, Mapping):
             return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in x.items()}

@@ -20,7 +20,8 @@ class HeadMirror(NamedTuple):
         max_force: the largest force before the cap.
         saturation: share of the pairs whose force reaches the cap; None without one.
         entropy: of the attention weights, in nats, mean over the rows. A sink counts as one key.
-        mean_mass, min_mass, max_mass: over the tokens; of converted hosts, the mass of the head.
+        mean_mass, min_mass, max_mass: over the tokens that are not padding; of converted hosts, the
+            mass of the head.
     """
 
     mean_force: float
@@ -127,7 +128,11 @@ def mirrored(layer: int, seen: SeenCall, most_rows: int | None) -> LayerMirror:
     rows = _spaced(queries, most_rows, masses.device)
     sample = call.rows(rows)
     table = torch.stack(
-        [*_statistics(sample, _real_rows(seen.real, rows, queries), call), *_spread(masses)], -1
+        [
+            *_statistics(sample, _real_rows(seen.real, rows, queries), call),
+            *_spread(masses, seen.real),
+        ],
+        -1,
     )
     heads = []
     for mean, largest, share, entropy, *spread in table.tolist():
@@ -179,12 +184,21 @@ def _per_head(rows: Tensor, force: Tensor) -> Tensor:
     return rows.expand(force.shape[:3]).sum((0, 2), dtype=torch.float64)
 
 
-def _spread(masses: Tensor) -> list[Tensor]:
-    """Mean, least and largest mass, each `[H]`, float64."""
+def _spread(masses: Tensor, real: Tensor | None) -> list[Tensor]:
+    """Mean, least and largest mass of real tokens, each `[H]`, float64."""
     if masses.dim() == 1:
         return [masses.double()] * 3
-    mean = masses.mean((0, 2), dtype=torch.float64)
-    return [mean, masses.amin((0, 2)).double(), masses.amax((0, 2)).double()]
+    masses = masses.double()
+    batch, _, length = masses.shape
+    if real is None or real.shape[0] != batch or real.shape[1] < length:
+        padding = torch.zeros_like(masses, dtype=torch.bool)
+    else:
+        padding = (real[:, None, -length:].to(masses.device) == 0).expand_as(masses)
+    return [
+        masses.masked_fill(padding, 0.0).sum((0, 2)) / (~padding).sum((0, 2)),
+        masses.masked_fill(padding, torch.inf).amin((0, 2)),
+        masses.masked_fill(padding, -torch.inf).amax((0, 2)),
+    ]
 
 
 def _mean(values: list[float]) -> float:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .checkpoint import read_checkpoint, restore_weights, write_checkpoint
-from .ledger import Ledger
+from .ledger import Ledger, entries_of
 from .mirror import MirrorLayer
 
 # Packages list their modules there: `name = "package.module:Class"`.
@@ -53,6 +53,7 @@ def victoros_module(
 
     Raises:
         ValueError: no name or version, or another class has both of them already.
+        TypeError: the class has `__slots__` that leave no room for the two.
     """
     if not name or not version:
         raise ValueError(
@@ -63,6 +64,11 @@ def victoros_module(
     )
 
     def decorate(cls: _Class) -> _Class:
+        if not cls.__dictoffset__ and not all(hasattr(cls, x) for x in ("ledger", "mirror_layer")):
+            raise TypeError(
+                f"victoros_module: expected a class whose instances can have ledger and "
+                f"mirror_layer, got {cls.__qualname__} with other __slots__. Add the two to them"
+            )
         _register(meta, cls)
         cls._victoros_meta = meta
         initialise = cls.__init__
@@ -123,7 +129,8 @@ class VictorOSBaseModule:
 
         Raises:
             TypeError: `extra` has no JSON form.
-            FileExistsError: `path` is something else than a checkpoint. Nothing is changed.
+            FileExistsError: `path` is something else than a checkpoint, or one with other files in
+                it. Nothing is changed.
         """
         content = {
             "module": getattr(type(self), "_victoros_meta", None),
@@ -146,6 +153,7 @@ class VictorOSBaseModule:
             ValueError: it is no checkpoint, or one of another model; nothing is changed.
         """
         content = read_checkpoint(path)
+        entries_of(content["ledger_snapshot"])
         model, weights = self._model(), content.get("model_state_dict")
         if model is not None and weights is not None:
             restore_weights(model, weights, path)

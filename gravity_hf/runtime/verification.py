@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from .chain import GENESIS, Head, check_line, is_chained
+from .chain import GENESIS, Head, check_line, is_chained, is_entry
 from .ledger_file import LedgerError, beside, locked, read_head
 
 
@@ -52,8 +52,10 @@ def verify(path: str | os.PathLike[str], *, anchor: tuple[int, str] | None = Non
 
     Found are lines that were edited, removed, inserted, moved or cut off, and a torn last line.
     Not found is what somebody did who rewrote the file and its `.head` together: only a head that
-    was noted elsewhere (`anchor`) shows that. Lines added at the end in the right form are what
-    every process that logs adds; they are no fault.
+    was noted elsewhere (`anchor`) shows that. A file without any chain cannot be checked, and is
+    not `ok`: its next append seals it. Lines added at the end in the right form are what
+    every process that logs adds; they are no fault. A line that is being written while the file's
+    `.lock` cannot be opened (of another user, say) looks torn: ask again.
 
     Args:
         anchor: `(count, hash)` of `Ledger.head` at some time, kept where nobody could change it.
@@ -61,12 +63,12 @@ def verify(path: str | os.PathLike[str], *, anchor: tuple[int, str] | None = Non
     Raises:
         FileNotFoundError: there is no such file.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"verify: expected the file of a ledger, got {str(path)!r}")
     with ExitStack() as stack:
-        # Somewhere that cannot be written to, nobody appends.
-        if os.access(path.parent, os.W_OK):
+        # Whoever appended has made the lock. It may be another user's, or on a disk to read only.
+        if os.access(beside(path, "lock"), os.W_OK):
             stack.enter_context(locked(path))
         try:
             head = read_head(path)
@@ -93,6 +95,8 @@ class _Reading:
                 if not raw.endswith(b"\n"):
                     return self._broken("is torn: a crash while it was written, or a cut")
                 if self.lines == self.unchained and not is_chained(raw):
+                    if not is_entry(raw):
+                        return self._broken("is not an entry of a ledger")
                     prefix.update(raw)
                     self.unchained, self.hash = self.unchained + 1, prefix.hexdigest()
                 else:
@@ -112,7 +116,9 @@ class _Reading:
                 return self._broken(
                     f"expected {count} lines by {name}, got {self.lines}: cut short", whole=True
                 )
-        if not self.has_head and self.lines > self.unchained:
+        if not self.has_head and self.lines == self.unchained:
+            return self._broken("has no chain: nothing can be checked", whole=True)
+        if not self.has_head:
             reason = f"expected {beside(self.path, 'head').name} beside it, got none: lines may be"
             return self._broken(f"{reason} missing at the end", whole=True)
         return LedgerReport(self.path, self.lines, self.unchained, self.hash)

@@ -63,6 +63,7 @@ class ContainmentCallback(TrainerCallback, ExportableState):
         self.progress: dict[str, Any] | None = None
         self._mirror = mirror
         self._watch: ForceWatch | None = None
+        self._stopped = False
 
     def state(self) -> dict[str, Any]:
         """Constructor arguments and progress, JSON-able; transformers stores it in checkpoints."""
@@ -76,6 +77,7 @@ class ContainmentCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         restore(self, state)
+        self._stopped = False
         ledger = self.ledger if state.is_world_process_zero else None
         protocol = ContainmentProtocol(self.config, base_model(kwargs["model"]), ledger)
         if self.progress is not None:
@@ -104,7 +106,7 @@ class ContainmentCallback(TrainerCallback, ExportableState):
         if stopped:
             # Without gradients the optimiser passes every parameter over, decay included.
             kwargs["model"].zero_grad(set_to_none=True)
-            control.should_training_stop = True
+            self._stopped = control.should_training_stop = True
             return
         if reports is not None:
             force = force_over_processes(reports, args.device)
@@ -121,6 +123,8 @@ class ContainmentCallback(TrainerCallback, ExportableState):
     ) -> None:
         if (
             self.protocol is not None
+            # The log of a step whose gradients have ended training tells nothing new.
+            and not self._stopped
             and logs
             and "loss" in logs
             and self.protocol.stops(logs["loss"])

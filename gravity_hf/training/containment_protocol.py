@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..runtime.growth import ADD_LAYER, INCREASE_CURVATURE
+from ..runtime.growth import ADD_LAYER, INCREASE_CURVATURE, grown_curvature, has_adapters
 from .bekenstein import bekenstein_penalty
 from .damping import damp_gravity, mean_force
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _DAMPING = 0.9
 # Above this stability a layer is proposed, below it more curvature.
 _LAYER_STABILITY = 0.98
-_GROWTH, _MOST_CURVATURE = 1.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,21 @@ class ContainmentConfig:
             raise ValueError(
                 "ContainmentConfig.min_loss: expected less than max_loss, got "
                 f"{self.min_loss!r} and {self.max_loss!r}"
+            )
+        if not 0 <= self.bekenstein_lambda < math.inf:
+            raise ValueError(
+                "ContainmentConfig.bekenstein_lambda: expected a finite number >= 0, got "
+                f"{self.bekenstein_lambda!r}"
+            )
+        if math.isnan(self.stability_proposal_threshold):
+            raise ValueError(
+                "ContainmentConfig.stability_proposal_threshold: expected a number, got nan"
+            )
+        interval = self.proposal_min_interval
+        if type(interval) is not int or interval < 0:
+            raise ValueError(
+                "ContainmentConfig.proposal_min_interval: expected an integer of 0 or more, got "
+                f"{interval!r}"
             )
         if not 0 < self.stability_ema_alpha <= 1:
             raise ValueError(
@@ -104,7 +118,7 @@ class ContainmentProtocol:
             `step`, `loss`, `clipped`, `damped`, `stopped`, `stability`, `proposal` (None or what to
             grow). Where `stopped`, the optimiser must not step.
         """
-        value = float(loss)
+        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         self.step_count += 1
         stopped = self.stops(value)
         clipped = damped = False
@@ -156,13 +170,15 @@ class ContainmentProtocol:
         return True, False
 
     def damp(self, diagnostics: Any) -> bool:
-        """Take the mean force into the stability; weaken gravity by 0.9 if it is over the limit."""
+        """Take the mean force into the stability; weaken gravity by 0.9 if it is over the limit.
+        Whether any was: what is frozen is not."""
         force, limit = mean_force(diagnostics), self.config.max_attention_force
         alpha = self.config.stability_ema_alpha
         self.stability = (1 - alpha) * self.stability + alpha / (1 + force / limit)
         if force <= limit:
             return False
-        damp_gravity(self.model, _DAMPING)
+        if damp_gravity(self.model, _DAMPING) == 0:
+            return False
         self._log("attention_dampening", {"mean_force": force, "threshold": limit})
         return True
 
@@ -202,14 +218,15 @@ class ContainmentProtocol:
         self.proposals = list(state["proposals"])
 
     def _change(self) -> dict[str, Any] | None:
+        if has_adapters(self.model):
+            return None
         if self.stability > _LAYER_STABILITY:
             layers = _layer_count(self.model)
             return {"change": ADD_LAYER, "new_num_layers": layers + 1} if layers else None
         curvature = getattr(self.model, "curvature", None)
-        # More curvature than the rule's maximum would be called back by it: that is no growth.
-        if not isinstance(curvature, (int, float)) or curvature >= _MOST_CURVATURE:
+        grown = grown_curvature(curvature) if isinstance(curvature, (int, float)) else None
+        if grown is None:
             return None
-        grown = round(min(curvature * _GROWTH, _MOST_CURVATURE), 4)
         return {"change": INCREASE_CURVATURE, "new_curvature": grown}
 
     def _log(self, event: str, payload: dict[str, Any]) -> None:

@@ -176,7 +176,8 @@ class CurvatureGrowthCallback(TrainerCallback, ExportableState):
 
     After step t of `steps` it is `start + (target - start) t / steps`: nothing changes at the
     moment when growth begins. The model's config follows, so every checkpoint states the curvature
-    it has; a resumed run goes on along the same line.
+    it has; a resumed run goes on along the same line. An adapter of peft does not hold it: save
+    the merged model.
 
     Args:
         model: with a settable `curvature`, as an LGT has; or any model with such modules in it.

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..layers.parameters import GravityParameters, inverse_softplus
+
+_logger = logging.get_logger(__name__)
 
 
 def damp_gravity(model: nn.Module, factor: float) -> int:
@@ -18,7 +21,8 @@ def damp_gravity(model: nn.Module, factor: float) -> int:
     Each parameter named `G`, a scalar or one number for each head (`[H]`), of attention and of
     fusion, is multiplied by it. A patched host has none: there the squared mass `M^2` is, through
     softplus. A parameter that modules share is changed once; the frozen originals that peft keeps
-    beside its copies are left alone.
+    beside its copies are left alone, and so is what is frozen: an adapter, which trains beside it,
+    would not hold the change. That is said once.
 
     Args:
         model: of any kind.
@@ -33,8 +37,12 @@ def damp_gravity(model: nn.Module, factor: float) -> int:
     if not 0 < factor < math.inf:
         raise ValueError(f"damp_gravity: factor: expected a finite number > 0, got {factor!r}")
     seen: set[int] = set()
+    frozen: set[int] = set()
     with torch.no_grad():
         for constant, is_mass in _strengths(model):
+            if not constant.requires_grad:
+                frozen.add(id(constant))
+                continue
             if id(constant) in seen:
                 continue
             seen.add(id(constant))
@@ -43,6 +51,11 @@ def damp_gravity(model: nn.Module, factor: float) -> int:
                 constant.copy_(inverse_softplus(mass.clamp(min=torch.finfo(torch.float32).tiny)))
             else:
                 constant.mul_(factor)
+    if frozen:
+        _logger.warning_once(
+            f"damp_gravity: {len(frozen)} frozen strengths of gravity stay as they are. To have "
+            'them damped under LoRA, train them: modules_to_save=["gravity"]'
+        )
     return len(seen)
 
 

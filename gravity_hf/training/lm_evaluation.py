@@ -15,6 +15,7 @@ from torch import nn
 
 from ..integration.hosts import gravity_modules
 from ..integration.loading import ADAPTER_CONFIG_NAME, load_gravity_model
+from ..integration.own_models import is_own_model, why_no_text
 
 MODEL_NAME = "gravity-hf"
 
@@ -34,16 +35,17 @@ class GravityLM(HFLM):
     """lm-evaluation-harness's `hf` model, for gravity models only.
 
     `--model gravity-hf --model_args pretrained=FOLDER` takes what `load_gravity_model` takes (a
-    saved gravity model, a gravity adapter's folder, a host with Gravity-2's masses beside it), and
-    the other arguments of `hf`: dtype, device, batch_size, max_length, parallelize, tp_plan, ...
+    saved gravity model, one that is gravity by construction (LGT), a gravity adapter's folder, a
+    host with Gravity-2's masses beside it), and the other arguments of `hf`: dtype, device,
+    batch_size, max_length, parallelize, tp_plan, ...
 
     Args:
         pretrained: a folder, a name on the Hub, or a gravity model (with `tokenizer=`).
         **options: as for `lm_eval.models.huggingface.HFLM`.
 
     Raises:
-        ValueError: a plain host, a model that writes no text, or an option that loads weights in
-            another way.
+        ValueError: a plain host, a model that writes no text by itself, or an option that loads
+            weights in another way.
     """
 
     def __init__(self, pretrained: str | nn.Module, **options: Any) -> None:
@@ -52,11 +54,8 @@ class GravityLM(HFLM):
                 raise ValueError(
                     f"{MODEL_NAME}: expected no {name}, got {options[name]!r}: {reason}"
                 )
-        if isinstance(pretrained, nn.Module) and not gravity_modules(pretrained):
-            raise ValueError(
-                f"{MODEL_NAME}: expected a gravity model, got a plain {type(pretrained).__name__}. "
-                "Patch it with patch_with_gravity, or evaluate it with --model hf"
-            )
+        if isinstance(pretrained, nn.Module):
+            _require_gravity(pretrained)
         super().__init__(pretrained, **options)
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
@@ -99,6 +98,7 @@ class GravityLM(HFLM):
             chosen["quantization_config"] = quantization_config
         # Strings such as "float16" and "auto" are what `from_pretrained` takes too.
         model = load_gravity_model(pretrained, revision=revision, dtype=dtype, **chosen)
+        _require_own_text(model)
         # Anything else has logits too, of something else than the next token.
         if not model.can_generate():
             raise ValueError(
@@ -107,6 +107,27 @@ class GravityLM(HFLM):
                 "gravity-hf evaluate"
             )
         self._model = model
+
+
+def _require_gravity(model: nn.Module) -> None:
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not gravity_modules(model) and not is_own_model(base):
+        raise ValueError(
+            f"{MODEL_NAME}: expected a gravity model, got a plain {type(model).__name__}. "
+            "Patch it with patch_with_gravity, or evaluate it with --model hf"
+        )
+    _require_own_text(base)
+
+
+def _require_own_text(model: Any) -> None:
+    """Refuse a model that is gravity by construction and predicts no next token of a text alone."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    reason = why_no_text(base.config) if is_own_model(base) else None
+    if reason is not None:
+        raise ValueError(
+            f"{MODEL_NAME}: expected a causal model that continues text, got {reason}. Measure it "
+            "in Python"
+        )
 
 
 def _base_of(folder: str) -> str | None:

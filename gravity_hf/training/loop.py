@@ -160,6 +160,9 @@ class TrainingLoop:
             resume: continue from the newest checkpoint in `checkpoint_dir`, or from this one. The
                 model, optimiser and iterators are made as for the first run, seeds included: the
                 batches that were trained on are passed over, then the generators' states are set.
+                An iterator that shuffles needs a generator of its own, such as `DataLoader(...,
+                generator=torch.Generator().manual_seed(0))`: with the global one a resumed run
+                gets other batches. A curvature that had grown is restored.
 
         Returns:
             `steps` (of the whole run), `final_loss` (infinity if there was none), `proposals`.

@@ -1,4 +1,4 @@
-"""LoRA on a patched model, masses and softenings included."""
+"""LoRA on a gravity model, masses and softenings included."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..integration.adapters import GravityLoraConfig
 from ..integration.hosts import settings_of
+from ..integration.own_models import is_own_model, own_attention_names, refuse_own
 from ..integration.sites import find_attention_sites
 
 _TASK_TYPES = {
@@ -34,22 +35,28 @@ def gravity_lora(
     """A peft model with LoRA on the attention projections; masses and softenings train in full.
 
     Args:
-        model: patched, usually calibrated.
+        model: patched, usually calibrated; or a model that is gravity by construction (LGT), whose
+            constants and mass projections train in full, and whose positions stay.
         r: rank of the LoRA matrices.
         alpha: LoRA scale numerator: updates are scaled by `alpha / r`.
         dropout: dropout on the LoRA input.
         target_modules: as in peft; None takes every projection (q, k, v, o, by whatever names) of
-            the attention blocks.
+            the attention blocks; of an LGT, which has few there, all linear maps of its layers.
 
     Returns:
         A `PeftModel`. Saving it writes the adapter, the gravity tensors and the gravity settings;
-        `load_gravity_adapter` or `load_gravity_model` bring it back, and peft alone refuses it.
+        `load_gravity_adapter` or `load_gravity_model` bring it back, and peft alone refuses it
+        (on an LGT, which cannot be anything but gravity, peft alone may load it).
         Train it with `GravityTrainer`, or with the parameter groups of `gravity_param_groups`:
         masses need a larger learning rate.
 
     Raises:
         RuntimeError: the model is not patched.
     """
+    if is_own_model(model):
+        chosen = own_projections(model) if target_modules is None else target_modules
+        own = _lora_settings(model, r, alpha, dropout, chosen)
+        return _under_lora(model, LoraConfig(**own, modules_to_save=["gravity"]))
     settings = settings_of(model)
     if settings is None:
         raise RuntimeError(
@@ -80,6 +87,7 @@ def host_lora(
     Raises:
         RuntimeError: the model is patched.
     """
+    refuse_own(model, "host_lora", "It has no host to be a control. Call gravity_lora")
     if settings_of(model) is not None:
         raise RuntimeError(
             f"host_lora: expected an unpatched host, got {type(model).__name__}. For a patched "
@@ -138,6 +146,16 @@ def attention_projections(model: nn.Module) -> list[str]:
         if parent is not None and "Attention" in type(parent).__name__:
             names |= _linear_names(parent_name, parent)
     return sorted(names)
+
+
+def own_projections(model: nn.Module) -> list[str]:
+    """Full names of the linear maps in the layers of a model that is gravity by construction,
+    without those that make masses."""
+    names: set[str] = set()
+    for attention in own_attention_names(model):
+        layer = attention.rpartition(".")[0]
+        names |= _linear_names(layer, model.get_submodule(layer))
+    return sorted(name for name in names if ".gravity." not in name)
 
 
 def _linear_names(prefix: str, module: nn.Module) -> set[str]:

@@ -95,6 +95,27 @@ def test_models_that_cannot_grow_say_so(proposal: dict) -> None:
             apply_architecture_change(model, proposal)
 
 
+@pytest.mark.parametrize("proposal", [ADD, BEND], ids=["add_layer", "increase_curvature"])
+def test_a_model_with_adapters_is_merged_before_it_grows(proposal: dict) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_lgt(), peft.LoraConfig(target_modules=["out_proj"]))
+    for model in (adapted, adapted.get_base_model()):
+        with pytest.raises(TypeError, match="Merge first"):
+            apply_architecture_change(model, proposal)
+    assert adapted.get_base_model().config.num_hidden_layers == 2
+    apply_architecture_change(adapted.merge_and_unload(), proposal)
+
+
+@pytest.mark.parametrize("curvature", [0.7, 0.5, 0.0, -0.5])
+def test_no_curvature_is_proposed_that_is_not_more(curvature: float) -> None:
+    assert propose_architecture_change({"curvature": curvature}, 0.96) is None
+    assert propose_architecture_change({"curvature": -0.2}, 0.96)["new_curvature"] == -0.22
+
+
+def test_a_stability_that_is_no_number_proposes_nothing() -> None:
+    assert propose_architecture_change({}, float("nan")) is None
+
+
 def test_growth_in_no_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         CurvatureGrowth(tiny_lgt(), 0.2, steps=0)

@@ -114,8 +114,10 @@ def test_a_snapshot_is_restored_as_history(tmp_path: Path) -> None:
     assert ledger.restore(past.snapshot()) == 0
     ledger.log("new")
     assert list(read_ledger(tmp_path / "l.jsonl"))[-1].event == "new"
-    with pytest.raises(ValueError, match="snapshot"):
-        ledger.restore({"entries": [{"colour": 1}]})
+    (entry, *_) = past.snapshot()["entries"]
+    for wrong in ({"colour": 1}, {**entry, "timestamp": "now"}, {**entry, "payload": [1]}):
+        with pytest.raises(ValueError, match="snapshot"):
+            ledger.restore({"entries": [wrong]})
 
 
 @dataclass
@@ -204,6 +206,16 @@ def test_an_entry_stands_on_its_own() -> None:
     entry = LedgerEntry(event="x")
     assert entry.agent_id == "" and entry.payload == {}
     assert len(entry.entry_id) == 36 and entry.timestamp > 0
+
+
+def test_a_payload_that_is_no_mapping_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a mapping"):
+        Ledger().log("event", [1, 2])
+
+
+def test_a_folder_is_no_file_to_log_to(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a file"):
+        Ledger(persist_path=tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [{"max_memory_entries": 0}, {"write_through": True}])

@@ -32,14 +32,16 @@ def _edited(line: str, **changes: object) -> str:
     return strict_json({**json.loads(line), **changes})
 
 
+def _unchained(line: str) -> str:
+    return strict_json({k: v for k, v in json.loads(line).items() if k not in ("previous", "hash")})
+
+
 def _rechained(lines: Lines, start: int) -> Lines:
     """`lines` with the hashes from `start` on as an honest writer would have made them."""
     last = json.loads(lines[start - 1])["hash"] if start else GENESIS
     new = lines[:start]
     for position, line in enumerate(lines[start:], start):
-        record = json.loads(line)
-        body = strict_json({k: v for k, v in record.items() if k not in ("previous", "hash")})
-        line, last = chained_line(position, last, body)
+        line, last = chained_line(position, last, _unchained(line))
         new.append(line)
     return new
 
@@ -64,11 +66,9 @@ ATTACKS: dict[str, tuple[Callable[[Lines], Lines], int | None, str]] = {
         4,
         "has no hash",
     ),
-    "inserted unchained first": (
-        lambda x: [strict_json({"event": "x"}), *x],
-        2,
-        "does not follow",
-    ),
+    "inserted unchained first": (lambda x: [_unchained(x[0]), *x], 2, "does not follow"),
+    "inserted text first": (lambda x: ["hello", *x], 1, "not an entry"),
+    "nested too deeply": (lambda x: [*x[:2], "[" * 100_000, *x[3:]], 3, "not JSON"),
     "reordered": (lambda x: [*x[:2], x[3], x[2], *x[4:]], 3, "does not follow"),
     "edited and hashed anew": (lambda x: _rechained(_edit(x), 2), COUNT, "another hash"),
     "inserted and hashed anew": (
@@ -106,10 +106,43 @@ def test_a_removed_head_is_found_and_nothing_is_appended(file: Path) -> None:
         Ledger(persist_path=file)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"count": 1}', '{"count": "6", "hash": 1, "size": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"count": 1}',
+        '{"count": "6", "hash": 1, "size": 2}',
+        f'{{"count": true, "hash": "{GENESIS}", "size": 0}}',
+        f'{{"count": 0, "hash": "{GENESIS}", "size": -5}}',
+        '{"count": 0, "hash": "none", "size": 0}',
+    ],
+)
 def test_a_damaged_head_is_found(text: str, file: Path) -> None:
     beside(file, "head").write_text(text)
     assert "expected count, hash and size" in str(verify(file))
+
+
+@pytest.mark.parametrize("kept", [COUNT, COUNT - 1, 0])
+def test_a_file_without_its_chain_is_not_said_to_hold(kept: int, file: Path) -> None:
+    lines = [_unchained(line) for line in file.read_text().splitlines()[:kept]]
+    file.write_text("".join(f"{line}\n" for line in lines))
+    beside(file, "head").unlink()
+    assert "has no chain: nothing can be checked" in str(verify(file))
+    assert run("ledger", "verify", file).exit_code == 1
+
+
+def test_a_file_that_is_no_ledger_is_not_appended_to(tmp_path: Path) -> None:
+    (tmp_path / "any.jsonl").write_text("hello world\n")
+    with pytest.raises(LedgerError, match="line 1: expected an entry"):
+        Ledger(persist_path=tmp_path / "any.jsonl")
+
+
+def test_verifying_leaves_no_file(file: Path) -> None:
+    beside(file, "lock").unlink(missing_ok=True)
+    assert verify(file).ok
+    assert not beside(file, "lock").exists()
 
 
 def test_a_cut_file_is_not_appended_to(file: Path) -> None:
@@ -156,7 +189,7 @@ def test_a_published_file_is_read_and_sealed(tmp_path: Path) -> None:
     keys = {"entry_id": "1", "timestamp": 1.5, "agent_id": "a", "event": "e"}
     old = [json.dumps({**keys, "payload": {"loss": x}}) for x in (1.0, float("nan"))]
     file.write_text("".join(f"{line}\n" for line in old))
-    assert verify(file).unchained == 2
+    assert verify(file).unchained == 2 and not verify(file).ok
     with Ledger(persist_path=file, fsync=False) as ledger:
         ledger.log("new")
     report = verify(file)

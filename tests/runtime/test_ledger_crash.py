@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gravity_hf.runtime import Ledger, read_ledger, verify
+from gravity_hf.runtime import Ledger, LedgerEntry, read_ledger, verify
 from gravity_hf.runtime.ledger_file import LedgerFile, beside
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
@@ -122,9 +122,10 @@ def test_a_torn_last_line_is_set_aside(torn: bytes, tmp_path: Path) -> None:
 
 def test_a_torn_line_of_a_published_file_is_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "old.jsonl"
-    path.write_bytes(b'{"event": "x"}\n{"ev')
+    whole = LedgerEntry(event="x").to_json().encode() + b"\n"
+    path.write_bytes(whole + b'{"ev')
     Ledger(persist_path=path)
-    assert path.read_bytes() == b'{"event": "x"}\n'
+    assert path.read_bytes() == whole
     assert beside(path, "torn").read_bytes() == b'{"ev\n'
 
 
@@ -160,3 +161,35 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
     assert len(ledger) == 1
     assert ledger.flush() == 1
     assert verify(path).lines == 3 and verify(path).ok
+
+
+def test_a_head_that_cannot_be_written_does_not_double_the_lines(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    _ledger_of(path, 2)
+    ledger = Ledger("agent", path, fsync=False)
+    ledger.log("more")
+    unfinished = tmp_path / ".ledger.jsonl.head.tmp"
+    unfinished.mkdir()
+    with pytest.raises(OSError):
+        ledger.flush()
+    unfinished.rmdir()
+    ledger.flush()
+    assert [e.event for e in read_ledger(path)] == ["step", "step", "more"]
+    assert verify(path).ok
+
+
+def test_a_link_in_the_heads_place_is_not_written_through(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    (tmp_path / ".ledger.jsonl.head.tmp").symlink_to(mine)
+    _ledger_of(tmp_path / "ledger.jsonl", 1)
+    assert mine.read_text() == "mine"
+    assert verify(tmp_path / "ledger.jsonl").ok
+
+
+def test_a_linked_file_is_one_ledger_under_both_names(tmp_path: Path) -> None:
+    _ledger_of(tmp_path / "ledger.jsonl", 1)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "ledger.jsonl")
+    _ledger_of(tmp_path / "link.jsonl", 1)
+    for name in ("ledger.jsonl", "link.jsonl"):
+        assert verify(tmp_path / name).lines == 2 and verify(tmp_path / name).ok

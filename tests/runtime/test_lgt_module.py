@@ -129,6 +129,26 @@ def test_a_grown_model_comes_back_from_its_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("force", [None, 1.0])
+def test_what_cannot_grow_gets_no_proposal(force: float | None) -> None:
+    for model in (tiny_tri(), _host("qwen2")):
+        module = LGTVictorOSModule(model)
+        if force is not None:
+            module.mirror_layer(0, {"mean_force": force})
+        assert module.propose_architecture_change() is None
+
+
+def test_a_single_number_has_no_spread() -> None:
+    module = LGTVictorOSModule(tiny_lgt(vocab_size=1))
+    module.process(torch.zeros(1, 1, dtype=torch.long))
+    assert module.ledger.entries("inference")[0].payload["output_std"] == 0.0
+
+
+def test_an_input_that_is_no_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a tensor"):
+        LGTVictorOSModule(tiny_lgt()).process([1, 2])
+
+
 def test_a_model_without_gravity_is_refused() -> None:
     with pytest.raises(TypeError, match="expected a model with gravity"):
         LGTVictorOSModule(tiny_host("qwen2"))

@@ -103,6 +103,12 @@ def test_padding_counts_neither_as_a_query_nor_as_a_key() -> None:
             sums = entropy[0][head] * LENGTH + entropy[1][head] * (LENGTH - 4)
             expected = sums / (2 * LENGTH - 4)
             assert values(padded, layer, "entropy")[head] == pytest.approx(expected, **CLOSE)
+            least = min(values(x, layer, "min_mass")[head] for x in (whole, short))
+            most = max(values(x, layer, "max_mass")[head] for x in (whole, short))
+            mass = [values(x, layer, "mean_mass")[head] for x in (whole, short)]
+            mean = (mass[0] * LENGTH + mass[1] * (LENGTH - 4)) / (2 * LENGTH - 4)
+            found = [values(padded, layer, f"{x}_mass")[head] for x in ("min", "mean", "max")]
+            assert found == pytest.approx([least, mean, most], **CLOSE)
 
 
 def test_padding_of_an_encoder_is_no_query_though_it_sees_all_tokens() -> None:

@@ -164,6 +164,62 @@ def test_other_files_are_not_replaced(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+def test_a_file_beside_a_checkpoint_is_not_lost(tmp_path: Path) -> None:
+    Holder().save_checkpoint(tmp_path / "c")
+    (tmp_path / "c" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"mine\.txt"):
+        Holder().save_checkpoint(tmp_path / "c")
+    assert (tmp_path / "c" / "mine.txt").read_text() == "mine"
+
+
+def test_a_link_to_a_checkpoint_stays_one(tmp_path: Path) -> None:
+    Holder().save_checkpoint(tmp_path / "c", {"step": 1})
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    Holder().save_checkpoint(tmp_path / "link", {"step": 2})
+    assert (tmp_path / "link").is_symlink()
+    assert Holder().load_checkpoint(tmp_path / "c")["extra"] == {"step": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("victoros.json", "[1]", "expected an object"),
+        ("victoros.json", '{"format": 1}', "expected ledger_snapshot"),
+        ("victoros.json", "{nope", "expected JSON"),
+        ("victoros.json", "[" * 100_000, "expected JSON"),
+        ("model.safetensors", "\0" * 64, "expected safetensors"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    Holder(nn.Linear(2, 2)).save_checkpoint(tmp_path / "c")
+    (tmp_path / "c" / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        Holder(nn.Linear(2, 2)).load_checkpoint(tmp_path / "c")
+    assert name in str(error.value)
+
+
+def test_a_snapshot_that_is_none_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    holder = Holder(nn.Linear(2, 2))
+    before = holder.model.weight.clone()
+    wrong = _published(nn.Linear(2, 2), Ledger()) | {"ledger_snapshot": {"entries": [{}]}}
+    torch.save(wrong, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="snapshot"):
+        holder.load_checkpoint(tmp_path / "x.pt")
+    torch.save(wrong | {"model_state_dict": {"weight": "text"}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="expected tensors"):
+        holder.load_checkpoint(tmp_path / "x.pt")
+    assert torch.equal(holder.model.weight, before)
+
+
+def test_a_class_without_room_for_ledger_and_mirror_is_refused() -> None:
+    with pytest.raises(TypeError, match="__slots__"):
+        victoros_module("slots", "1.0")(type("Slots", (), {"__slots__": ("x",)}))
+    roomy = type("Roomy", (), {"__slots__": ("ledger", "mirror_layer", "__weakref__")})
+    assert victoros_module("roomy", "1.0")(roomy)().ledger.agent_id == "roomy"
+
+
 def test_what_has_no_json_form_is_refused_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
     Holder().save_checkpoint(tmp_path / "c", {"step": 1})
     with pytest.raises(TypeError, match=r"checkpoint\.extra\.x"):

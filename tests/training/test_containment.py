@@ -92,6 +92,28 @@ def test_damping_reaches_stacked_scalar_and_shared_constants_once():
     assert model.fusion.G.item() == pytest.approx(-1.26)
 
 
+def test_what_is_frozen_is_not_damped():
+    model, ledger = tiny_lgt(), Ledger()
+    model.requires_grad_(False)
+    before = constants(model)
+    protocol = ContainmentProtocol(ContainmentConfig(max_attention_force=1.0), model, ledger)
+    assert not protocol.step(1.0, {"mean_force": 2.0})["damped"]
+    assert torch.equal(constants(model), before)
+    assert ledger.entries("attention_dampening") == []
+
+
+def test_a_loss_with_its_gradient_is_taken(recwarn):
+    ContainmentProtocol(ContainmentConfig(), tiny_lgt()).step(torch.ones((), requires_grad=True))
+    assert not [w for w in recwarn if "requires_grad" in str(w.message)]
+
+
+@pytest.mark.parametrize("curvature", [0.0, 0.7])
+def test_no_curvature_is_proposed_that_is_not_more(curvature):
+    protocol = ContainmentProtocol(ContainmentConfig(), tiny_lgt(curvature=curvature))
+    protocol.stability = 0.96
+    assert protocol.propose() is None
+
+
 def test_damping_a_host_multiplies_its_squared_masses():
     host = patch_with_gravity(tiny_host("qwen2"), GravityConfig(mass_init=7.0))
     before = squared_masses(host)
@@ -141,7 +163,16 @@ def test_a_converted_host_is_not_told_to_grow():
     assert ContainmentProtocol(ContainmentConfig(), host).step(1.0)["proposal"] is None
 
 
-@pytest.mark.parametrize("wrong", [{"max_grad_norm": 0}, {"min_loss": 5.0, "max_loss": 1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_grad_norm": 0},
+        {"min_loss": 5.0, "max_loss": 1.0},
+        {"bekenstein_lambda": math.nan},
+        {"proposal_min_interval": 0.5},
+        {"stability_proposal_threshold": math.nan},
+    ],
+)
 def test_limits_that_contain_nothing_are_refused(wrong):
     with pytest.raises(ValueError, match="ContainmentConfig"):
         ContainmentConfig(**wrong)
@@ -198,6 +229,14 @@ def test_a_step_with_nan_gradients_ends_training_and_spares_the_model(tmp_path):
     assert trainer.state.global_step == 3
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert [e.payload["reason"] for e in ledger.entries("containment_stop")] == ["divergence"]
+
+
+def test_a_stop_is_told_once_though_the_filter_hides_the_loss(tmp_path):
+    model, ledger = tiny_lgt(), Ledger()
+    model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+    limits = {"min_loss": 1e3}
+    trainer_of(model, tmp_path, ContainmentCallback(limits, ledger=ledger)).train()
+    assert len(ledger.entries("containment_stop")) == 1
 
 
 @pytest.mark.parametrize(

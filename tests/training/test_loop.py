@@ -190,6 +190,29 @@ def test_a_checkpoint_loads_as_a_model_and_runs_no_code(tmp_path):
     assert_same(state_of(AutoModelForCausalLM.from_pretrained(folder)), state_of(loop.model))
 
 
+def test_a_curvature_that_grew_is_resumed_and_other_settings_are_refused(tmp_path):
+    loop = loop_of(tmp_path, tiny_lgt(dropout=0.0), max_steps=2, checkpoint_every=2)
+    loop.model.curvature = 0.3
+    loop.fit(text_batches())
+    resumed = loop_of(tmp_path, tiny_lgt(dropout=0.0), max_steps=2)
+    resumed.fit(text_batches(), resume=True)
+    assert resumed.model.curvature == 0.3
+    other = loop_of(tmp_path, tiny_lgt(dropout=0.0, softening=0.5), max_steps=2)
+    before = state_of(other.model)
+    with pytest.raises(ValueError, match="the same curvature, softening"):
+        other.fit(text_batches(), resume=True)
+    assert_same(state_of(other.model), before)
+
+
+def test_a_file_beside_a_checkpoint_is_not_lost(tmp_path):
+    loop = loop_of(tmp_path, max_steps=0)
+    loop.save(tmp_path / "c")
+    (tmp_path / "c" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"mine\.txt"):
+        loop.save(tmp_path / "c")
+    assert (tmp_path / "c" / "mine.txt").exists()
+
+
 def test_tied_weights_survive_a_checkpoint(tmp_path):
     loop = loop_of(tmp_path, tiny_lgt(tie_word_embeddings=True), max_steps=2, checkpoint_every=1)
     loop.fit(text_batches())

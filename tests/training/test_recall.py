@@ -16,7 +16,7 @@ from gravity_hf.training.recall import (
     train_recall,
 )
 
-SETTINGS = RecallSettings(length=12, vocabulary=12, steps=200, rows=32, evaluation_rows=64)
+SETTINGS = RecallSettings(length=8, vocabulary=8, steps=130, rows=32, evaluation_rows=64)
 
 
 def new_lgt(**changes: object) -> PreTrainedModel:
@@ -56,11 +56,11 @@ def test_a_later_token_never_changes_an_earlier_logit() -> None:
         before, after = change_before(model, ids, place)
         assert before == 0.0 < after
     backwards = new_lgt(is_causal=False)
-    assert change_before(backwards, ids, 6)[0] > 0.0
+    assert change_before(backwards, ids, 4)[0] > 0.0
 
 
 def test_the_same_seed_gives_the_same_training() -> None:
-    short = RecallSettings(length=12, vocabulary=12, steps=3, rows=4, evaluation_rows=4)
+    short = RecallSettings(length=8, vocabulary=8, steps=3, rows=4, evaluation_rows=4)
     one, same, other = (train_recall(new_lgt(), "first", short, seed=s) for s in (1, 1, 2))
     assert one == same and one.losses != other.losses and len(one.losses) == 3
 
@@ -69,7 +69,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
     model = new_lgt()
     with pytest.raises(ValueError, match="expected a task of"):
         train_recall(model, "last", SETTINGS)
-    with pytest.raises(ValueError, match="vocab_size of at least 32, got 12"):
-        train_recall(model, "first", RecallSettings(length=12))
-    with pytest.raises(ValueError, match="max_position_embeddings of at least 32, got 12"):
-        train_recall(model, "first", RecallSettings(vocabulary=12))
+    with pytest.raises(ValueError, match="vocab_size of at least 32, got 8"):
+        train_recall(model, "first", RecallSettings(length=8))
+    with pytest.raises(ValueError, match="max_position_embeddings of at least 32, got 8"):
+        train_recall(model, "first", RecallSettings(vocabulary=8))
