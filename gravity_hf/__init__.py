@@ -56,6 +56,7 @@ def _publish(model: object, repo_id: str, **options: object) -> object:
 
 # `model.push_to_hub` belongs to a floor that must not import the one that pushes.
 importlib.import_module(".integration.publishing", __name__).set_publisher(_publish)
+importlib.import_module(".models.publishing", __name__).set_publisher(_publish)
 
 # `AutoModel.from_pretrained` must know the gravity model types as soon as this package is imported.
 _autos = importlib.import_module(".integration.autos", __name__)

@@ -30,16 +30,20 @@ from gravity_hf.integration.support_table import (
 from gravity_hf.training.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "experiments")]
 
+import lgt_experiment_tables  # noqa: E402
 import lgt_tables  # noqa: E402
-from table_text import benchmark_conditions, markdown  # noqa: E402
+from table_text import (  # noqa: E402
+    Rows,
+    benchmark_conditions,
+    experiment_conditions,
+    markdown,
+)
 
 RESULTS = ROOT / "scripts" / "experiments" / "results"
 BENCHMARKS = ROOT / "scripts" / "benchmark" / "results"
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-
-Rows = list[dict[str, Any]]
 
 
 def read_lines(name: str, folder: Path = RESULTS) -> Rows:
@@ -137,7 +141,7 @@ def conversion() -> str:
         "power lifted f=0.25": "power, lifted, f = 0.25",
         "power lifted f=1": "power, lifted, f = 1",
     }
-    return markdown(_CONVERSION_HEADERS, conversion_rows(rows, arms)) + _conditions(rows)
+    return markdown(_CONVERSION_HEADERS, conversion_rows(rows, arms)) + experiment_conditions(rows)
 
 
 def recipes() -> str:
@@ -161,7 +165,7 @@ def recipes() -> str:
         "power lifted f=1": "power, lifted, f = 1",
         "power lifted f=4": "power, lifted, f = 4",
     }
-    return markdown(_CONVERSION_HEADERS, conversion_rows(rows, arms)) + _conditions(rows)
+    return markdown(_CONVERSION_HEADERS, conversion_rows(rows, arms)) + experiment_conditions(rows)
 
 
 def granularity() -> str:
@@ -181,7 +185,7 @@ def granularity() -> str:
     for recipe, title in recipes.items():
         cells = [_gap(rows, recipe + suffix) for rows in (large, small) for suffix in names]
         table.append([title, *cells])
-    return markdown(headers, table) + _conditions(large) + _conditions(small)
+    return markdown(headers, table) + experiment_conditions(large) + experiment_conditions(small)
 
 
 def _gap(rows: Rows, arm: str) -> str:
@@ -206,7 +210,7 @@ def from_scratch() -> str:
         gaps = [arms["power"][s][measure] - arms["softmax"][s][measure] for s in seeds]
         label = f"{title}, {len(seeds)} seeds"
         table.append([label, *cells, mean_and_spread(gaps, signed=True)])
-    return markdown(headers, table) + _conditions(rows)
+    return markdown(headers, table) + experiment_conditions(rows)
 
 
 def encoder() -> str:
@@ -222,7 +226,7 @@ def encoder() -> str:
         ]
         for row in result["rows"]
     ]
-    return markdown(headers, table) + _conditions([result])
+    return markdown(headers, table) + experiment_conditions([result])
 
 
 def transfer() -> str:
@@ -252,7 +256,7 @@ def transfer() -> str:
                     str(len(runs)),
                 ]
             )
-    return markdown(headers, table) + _conditions(results)
+    return markdown(headers, table) + experiment_conditions(results)
 
 
 def kernels(folder: Path = BENCHMARKS) -> str:
@@ -341,15 +345,6 @@ def _targets(lines: Rows) -> str:
     return markdown(["target", "at least", "aim", "measured", "verdict"], table)
 
 
-def _conditions(rows: Rows) -> str:
-    known = rows[-1]["conditions"]
-    versions = known["versions"]
-    return (
-        f"\n{known['device']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, {known['date'][:10]}.\n"
-    )
-
-
 def support(table: SupportTable | None = None) -> str:
     """How far each kind of model got in the sweep over all model types."""
     table = support_table() if table is None else table
@@ -421,8 +416,13 @@ def space(folder: Path = BENCHMARKS) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "lgt-presets": lambda: lgt_tables.presets_text(BENCHMARKS),
+    "lgt-presets": lgt_tables.presets_text,
     "lgt-speed": lambda: lgt_tables.speed_text(BENCHMARKS),
+    "lgt-bits": lambda: lgt_tables.bits_text(BENCHMARKS),
+    "lgt-cuda": lambda: lgt_tables.cuda_text(BENCHMARKS),
+    "lgt-mirror": lambda: lgt_tables.mirror_text(BENCHMARKS),
+    "lgt-recall": lambda: lgt_experiment_tables.recall_text(RESULTS),
+    "lgt-language-model": lambda: lgt_experiment_tables.language_model_text(RESULTS),
     "parallel": parallel,
     "formats": formats,
     "space": space,
@@ -464,15 +464,15 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     options = parser.parse_args()
-    if not options.check:
-        write_tables()
-        return
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    sys.exit(
-        0
-        if with_tables(text) == text
-        else "README.md: tables are stale: python scripts/make_tables.py"
-    )
+    try:
+        if not options.check:
+            write_tables()
+            return
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        stale = with_tables(text) != text
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit("README.md: tables are stale: python scripts/make_tables.py" if stale else 0)
 
 
 if __name__ == "__main__":

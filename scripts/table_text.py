@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+NONE = "–"
+
+Table = tuple[list[str], list[list[str]]]
+Rows = list[dict[str, Any]]
 
 
 def markdown(headers: list[str], rows: list[list[str]]) -> str:
@@ -12,9 +19,39 @@ def markdown(headers: list[str], rows: list[list[str]]) -> str:
 
 
 def benchmark_conditions(known: dict[str, Any]) -> str:
-    """Device, versions, commit and day of a benchmark, in one line."""
+    """Device, threads where they matter, versions, commit and day of a benchmark, in one line."""
     versions = known["versions"]
     names = {"torch": "torch", "triton": "Triton", "cudnn": "cuDNN"}
     parts = [f"{title} {versions[name]}" for name, title in names.items() if versions[name]]
+    if "threads" in known:
+        count = known["threads"]
+        parts.insert(0, f"{count} thread{'s' if count > 1 else ''}")
     commit = f"commit {known['commit'][:10]}"
     return ", ".join([known["device"], *parts, commit, known["date"][:10]]) + "."
+
+
+def experiment_conditions(rows: Rows) -> str:
+    """Device, versions and day of the last of an experiment's rows, with the lines around it."""
+    known = rows[-1]["conditions"]
+    versions = known["versions"]
+    return (
+        f"\n{known['device']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, {known['date'][:10]}.\n"
+    )
+
+
+def result_file(folder: Path, name: str, command: str) -> str:
+    """The text of a result file.
+
+    Raises:
+        FileNotFoundError: with the command that makes it.
+    """
+    file = folder / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{name} has not been measured yet: make it with `{command}`")
+    return file.read_text(encoding="utf-8")
+
+
+def result_json(folder: Path, name: str, command: str) -> dict[str, Any]:
+    """`result_file` of one JSON object."""
+    return json.loads(result_file(folder, name, command))

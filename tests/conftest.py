@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 # Read by huggingface_hub, matplotlib and OpenMP when they are imported, and by child processes.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +28,19 @@ if IS_XDIST_WORKER:
 # Deadlines measure the machine, not the code; in CI a failure must be the same on every run.
 settings.register_profile("gravity_hf", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("gravity_hf")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _thawed_at_the_end() -> Iterator[None]:
+    yield
+    gc.unfreeze()  # else nanobind reports leaks when the process ends
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen(_thawed_at_the_end: None) -> None:
+    """Trainer collects garbage at each start: half a second, if it looks through all modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

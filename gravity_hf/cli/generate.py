@@ -33,13 +33,13 @@ def generate(
 
         gravity-hf generate out "Gravity is" --max-new-tokens 50 --temperature 0
     """
-    from ..hub.own_models import load_own_or_gravity
+    from ..integration.loading import load_gravity_model
     from ..training.samples import generation_samples
 
     require_model_folder(directory)
     require_causal(directory, "generate")
     quiet_libraries()
-    model = load_own_or_gravity(directory)
+    model = load_gravity_model(directory)
     if not hasattr(model, "generate") or not model.can_generate():
         raise ValueError(
             f"generate: expected a model that writes text, got {type(model).__name__}. "

@@ -69,17 +69,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def require_causal(folder: Path, verb: str) -> None:
-    """Refuse a language model of our own that sees the tokens which it would be asked for."""
+    """Refuse a language model of our own that cannot continue a text by itself, such as one that
+    sees the tokens which it would be asked for, and any that reads more than a text."""
     from ..hub.own_models import is_own_folder, own_config
+    from ..integration.own_models import why_no_text
 
     if not is_own_folder(folder):
         return
     config = own_config(folder)
-    kind = (config.architectures or [config.model_type])[0]
-    if kind.endswith("ForCausalLM") and not getattr(config, "is_causal", True):
+    reason = why_no_text(config)
+    kind = (config.architectures or [""])[0]
+    # One that reads a text and writes none is for the verb to take or to refuse.
+    is_encoder = not kind.endswith("ForCausalLM") and not hasattr(config, "streams")
+    if reason is not None and not is_encoder:
         raise ValueError(
-            f"{verb}: expected a causal model, {str(folder)!r} holds {kind} with is_causal=False, "
-            "which sees the tokens that it is asked for. Train one with LGTConfig(is_causal=True)"
+            f"{verb}: expected a causal model that continues text, {str(folder)!r} holds {reason}. "
+            f"Use it in Python: gravity_hf.load_gravity_model({str(folder)!r})"
         )
 
 

@@ -122,7 +122,9 @@ def _show_adapter(console: Console, directory: Path) -> None:
     base = adapter.get("base_model_name_or_path") or "an unnamed base model"
     kind = adapter.get("peft_type", "peft")
     block = adapter.get("gravity")
-    holds = "without masses: plain attention" if block is None else "with masses"
+    # Of models that are gravity by construction adapters hold masses without settings of a patch.
+    has_masses = block is not None or "gravity" in (adapter.get("modules_to_save") or ())
+    holds = "with masses" if has_masses else "without masses: plain attention"
     console.print(_title(directory, f"{kind} adapter ({holds}) of {base}"))
     if block is not None:
         _show_gravity(console, directory, block)

@@ -1,5 +1,5 @@
-"""What a card of LGT may say: its config, its tensors, and results.json where there is one. It was
-trained from nothing, so that there is no host to name."""
+"""What a card of LGT may say: its config, its tensors, and results.json where there is one. Its
+attention replaces no other, so that there is no host to name."""
 
 from __future__ import annotations
 

@@ -37,10 +37,9 @@ def constants(settings: LGTConfig) -> str:
     )
     if settings.softening == 0:
         return f"{text} Softening 0 is the published law."
-    return (
-        f"{text} The softening {settings.softening:g} is what lets a token see others; the "
-        "published law has none."
-    )
+    needed = settings.force_law != "power" and not settings.exclude_self and _is_spread(settings)
+    does = "is what lets a token see others" if needed else "is added to every distance"
+    return f"{text} The softening {settings.softening:g} {does}; the published law has none."
 
 
 def limits(facts: dict[str, Any]) -> list[str]:
@@ -70,14 +69,18 @@ def _distance(settings: LGTConfig) -> str:
 
 
 def _identity(settings: LGTConfig) -> list[str]:
-    # New positions in fewer dimensions lie near enough for tokens to feel each other.
-    spread = settings.dim_position >= _SPREAD or settings.position_type == "fractal"
-    if settings.softening > 0 or settings.exclude_self or not spread:
+    if settings.softening > 0 or settings.exclude_self or not _is_spread(settings):
         return []
     return [
         "Without softening a token's force on itself is so much larger than any other that "
         "attention is all but the identity: each token is treated nearly by itself."
     ]
+
+
+def _is_spread(settings: LGTConfig) -> bool:
+    """Whether new positions lie so far apart that tokens hardly feel each other; in fewer
+    dimensions they do."""
+    return settings.dim_position >= _SPREAD or settings.position_type == "fractal"
 
 
 def _reach(settings: LGTConfig) -> str:

@@ -84,12 +84,13 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
 
 
 def introduction(facts: dict[str, Any]) -> str:
-    """What it is, in two sentences."""
+    """What it is. Without a training the folder cannot tell where its weights came from."""
+    origin = " It was not converted from another model." if facts["training"] else ""
     return (
         f"{_class(facts)}: a Lightweight Gravitational Transformer. Every token has a mass, a "
         "token attends to others by the pull between their masses over the distance between their "
-        "*positions*, and there is no dot product of queries and keys. It has no host: it was not "
-        "converted from another model."
+        "*positions*, and there is no dot product of queries and keys."
+        f"{origin}"
     )
 
 

@@ -21,6 +21,7 @@ from .card_limits import limits, software
 from .card_metadata import metadata
 from .card_tables import measured
 from .card_text import changes, command, conditions, introduction, loading, recipe, samples
+from .own_models import is_own_folder
 from .tensor_files import read_json
 
 _CARDS_PACKAGE = "gravity_hf._cards"
@@ -84,6 +85,11 @@ def _facts_of_folder(
 ) -> dict[str, Any]:
     if is_lgt_folder(folder):
         return facts_of_lgt(folder)
+    if is_own_folder(folder):
+        raise ValueError(
+            f"card: expected an LGT or a converted model, got {str(folder)!r} of another kind, "
+            "such as a tri-model, which has no card yet. Write its README.md yourself"
+        )
     return facts_of_folder(folder, host, online=online)
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..integration.loading import load_gravity_model
+from ..integration.own_models import (
+    is_own_config,
+    is_own_model,
+    read_config,
+)
+
+__all__ = [
+    "OwnSettings",
+    "is_own_config",
+    "is_own_folder",
+    "is_own_model",
+    "own_config",
+    "own_settings",
+]
 
 _PACKAGE = f"{__package__.partition('.')[0]}.models."
 # What of their settings says how a token attends; the rest is sizes.
@@ -44,15 +54,6 @@ class OwnSettings:
         return dict(self.values)
 
 
-def is_own_config(config: PreTrainedConfig) -> bool:
-    """Whether a config belongs to a model of this library's own."""
-    return type(config).__module__.startswith(_PACKAGE)
-
-
-def is_own_model(model: nn.Module) -> bool:
-    return isinstance(model, PreTrainedModel) and is_own_config(model.config)
-
-
 def is_own_folder(folder: Path) -> bool:
     """Whether `folder` has the config.json of such a model."""
     file = folder / "config.json"
@@ -67,39 +68,9 @@ def is_own_folder(folder: Path) -> bool:
 
 def own_config(folder: Path) -> PreTrainedConfig:
     """The config of such a model; ValueError where a value in it is outside its range."""
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{folder}: expected settings that fit together in config.json: {reason}"
-        ) from error
+    return read_config(folder)
 
 
 def own_settings(config: PreTrainedConfig) -> OwnSettings:
     values = config.to_dict()
     return OwnSettings({name: values[name] for name in _GRAVITY if name in values})
-
-
-def own_model_class(config: PreTrainedConfig) -> Any:
-    """The class that wrote the checkpoint of such a model.
-
-    ValueError for a name that its package does not have.
-    """
-    package = importlib.import_module(type(config).__module__.rpartition(".")[0])
-    for name in config.architectures or ():
-        found = getattr(package, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    raise ValueError(
-        f"expected one of the classes of model type {config.model_type!r} as `architectures` in "
-        f"config.json, got {config.architectures!r}. Save the model again with save_pretrained"
-    )
-
-
-def load_own_or_gravity(folder: Path, **options: Any) -> PreTrainedModel:
-    """A model of our own in the class that wrote it, or whatever `load_gravity_model` takes."""
-    if not is_own_folder(folder):
-        return load_gravity_model(folder, **options)
-    config = own_config(folder)
-    return own_model_class(config).from_pretrained(folder, **options)

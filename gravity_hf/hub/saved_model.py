@@ -88,6 +88,7 @@ def _parts(model: nn.Module) -> tuple[Any, Any]:
     adapter: Any = model if hasattr(model, "get_base_model") else None
     base: Any = model if adapter is None else adapter.get_base_model()
     if adapter is None and is_own_model(base):
+        refuse_wrapped(model, _WHAT, "first model.merge_and_unload() of the PeftModel over it")
         return None, base
     if is_own_model(base):
         raise TypeError(

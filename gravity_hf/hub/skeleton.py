@@ -11,14 +11,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..integration.hosts import gravity_modules
 from ..integration.loading import model_class_of
-from .own_models import is_own_config, own_model_class
 
 CHILD = ".gravity."
 
 
 def skeleton(config: PreTrainedConfig) -> nn.Module:
     """The model of a config, on the meta device."""
-    model_class = own_model_class(config) if is_own_config(config) else model_class_of(config)
+    model_class = model_class_of(config)
     with torch.device("meta"):
         model: nn.Module = getattr(model_class, "from_config", model_class)(config)
     return model

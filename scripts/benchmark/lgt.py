@@ -3,16 +3,18 @@
     python scripts/benchmark/lgt.py                      # CPU: results/lgt_cpu.json
     python scripts/benchmark/lgt.py --sweep              # and lengths from 64 to 2048
     python scripts/benchmark/lgt.py --device cuda        # bf16, lengths to 16384: lgt_cuda.json
-    python scripts/benchmark/lgt.py --quick --output /tmp/lgt.json
+    python scripts/benchmark/lgt.py --quick              # to see that it works; writes nothing
 
-Both are called in turns, so that a busy machine is busy for both; rows have the median and the
-least of the calls. Both have a vocabulary of 1000, an untied head and dropout 0.1 in training. An
-LGT in evaluation mode keeps its table of distances: the first call, which makes it, is not timed.
+Both are called in turns, so that a busy machine is busy for both; rows have median, 20th and 80th
+percentile and the least of the calls, in ms. Both have a vocabulary of 1000, an untied head and
+dropout 0.1 in training. An LGT in evaluation mode keeps its table of distances: the first call,
+which makes it, is not timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,11 +26,12 @@ from lgt_calls import Model, build, calls_in_turns, peak_mib, prepare, weight_by
 from results import conditions
 from rich.progress import track
 
-from gravity_hf.hub.edge import PUBLISHED_CLAIMS
+from gravity_hf.hub.card_public import public
 from gravity_hf.models.lgt import LGT_PRESETS, LGTConfig
 from gravity_hf.training.files import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
+OUTPUT_HELP = "JSON (default: results/lgt_DEVICE.json; nothing with --quick or --preset)"
 VOCABULARY = 1000
 STEP = (8, 128)  # batch and length of a training step
 _LENGTHS, _SWEEP = (128, 512), (64, 128, 256, 512, 1024, 2048)
@@ -126,34 +129,6 @@ def _row(
     return row if note is None else {**row, "note": note}
 
 
-def preset_rows() -> list[dict[str, Any]]:
-    """True sizes of every preset, beside what was published of it."""
-    rows = []
-    for name in LGT_PRESETS:
-        counts = {}
-        for title, vocabulary, tied in (
-            ("core", None, False),
-            ("v1000", 1000, False),
-            ("v1000_tied", 1000, True),
-            ("v32000", 32000, False),
-            ("v32000_tied", 32000, True),
-        ):
-            counts[title] = _count(name, vocabulary, tied)
-        claim = PUBLISHED_CLAIMS[name]
-        published = {"parameters": claim.parameters, "size": claim.size}
-        rows.append({"preset": name, "published": published, "parameters": counts})
-    return rows
-
-
-def _count(preset: str, vocabulary: int | None, tied: bool) -> int:
-    from gravity_hf.models.lgt import LGTForCausalLM, LGTModel
-
-    config = LGTConfig.from_preset(preset, vocab_size=vocabulary, tie_word_embeddings=tied)
-    with torch.device("meta"):
-        model = LGTModel(config) if vocabulary is None else LGTForCausalLM(config)
-    return sum(p.numel() for p in model.parameters())
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -161,12 +136,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--preset", action="append", choices=list(LGT_PRESETS), help="repeatable")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sweep", action="store_true", help=f"forward at {_SWEEP} on the CPU")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each case")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each case (3)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (1)")
     parser.add_argument("--commit", help="where the tree is a copy without git")
     parser.add_argument("--quick", action="store_true", help="short rows, to see that it works")
-    parser.add_argument("--output", type=Path, help="JSON (default: results/lgt_DEVICE.json)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, help=OUTPUT_HELP)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     presets = tuple(options.preset or LGT_PRESETS)
@@ -179,13 +155,15 @@ def main(arguments: list[str] | None = None) -> None:
     for case in track(cases, "LGT", disable=not sys.stderr.isatty()):
         rows += measure(case, options.device, 0.0 if options.quick else options.seconds)
         print("\n".join(_in_words(row) for row in rows[-len(case.models) :]), flush=True)
-    known = conditions(options.device, options.commit)
-    report = {
-        "conditions": {**known, "threads": torch.get_num_threads(), "quick": options.quick},
-        "presets": preset_rows(),
-        "rows": rows,
+    known = conditions(options.device, options.commit) | {
+        "command": shlex.join(["python", "scripts/benchmark/lgt.py", *given]),
+        "threads": torch.get_num_threads(),
+        "settings": {"vocabulary": VOCABULARY, "seconds": options.seconds},
+        "quick": options.quick,
     }
-    write_json(options.output or RESULTS / f"lgt_{options.device}.json", report)
+    whole = None if options.quick or options.preset else RESULTS / f"lgt_{options.device}.json"
+    if output := options.output or whole:
+        print(f"written to {write_json(output, public({'conditions': known, 'rows': rows}))}")
 
 
 def _in_words(row: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def prepare(module: nn.Module, ids: Tensor, work: str) -> Call:
 def calls_in_turns(
     calls: dict[Model, Call], device: str, seconds: float
 ) -> dict[Model, dict[str, Any]]:
-    """`median_ms`, `least_ms` and the count of `calls`, of each, one after the other."""
+    """`median_ms`, `p20_ms`, `p80_ms`, `least_ms` and the count of `calls`, of each, in turns."""
     times: dict[Model, list[float]] = {model: [] for model in calls}
     end = time.perf_counter() + seconds
     turns = 0
@@ -80,14 +80,13 @@ def calls_in_turns(
             timing.synchronize(device)
             times[model].append((time.perf_counter() - start) * 1e3)
         turns += 1
-    return {
-        model: {
-            "median_ms": timing.quantiles(found)[0],
-            "least_ms": min(found),
-            "calls": len(found),
-        }
-        for model, found in times.items()
-    }
+    return {model: _summary(found) for model, found in times.items()}
+
+
+def _summary(times: list[float]) -> dict[str, Any]:
+    names = ("median_ms", "p20_ms", "p80_ms")
+    quantiles = dict(zip(names, timing.quantiles(times), strict=True))
+    return {**quantiles, "least_ms": min(times), "calls": len(times)}
 
 
 def peak_mib(call: Call, device: str) -> float:

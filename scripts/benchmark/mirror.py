@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -22,6 +23,7 @@ from timing import quantiles  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
 
 from gravity_hf import GravityConfig, patch_with_gravity  # noqa: E402
+from gravity_hf.hub.card_public import public  # noqa: E402
 from gravity_hf.models.lgt import LGT_PRESETS, LGTConfig, LGTForCausalLM  # noqa: E402
 from gravity_hf.runtime import MirrorLayer  # noqa: E402
 from gravity_hf.training.files import write_json  # noqa: E402
@@ -47,10 +49,11 @@ median over rounds of a round's ratio to its plain forward, less 1, in per cent.
 leaving mirror.watch is timed by itself. Batch 1, float32, no gradients.
 
   python scripts/benchmark/mirror.py --threads 1 --output scripts/benchmark/results/mirror.json
+  python scripts/benchmark/mirror.py --quick         # one short row, to see that it works
 """
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,8 +63,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=64, help="query rows of a report (default 64)")
     add("--rounds", type=int, default=60, help="timed rounds of a row, after 3 others")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--commit", help="where the tree is a copy without git")
+    add("--quick", action="store_true", help="one preset, 8 tokens, 1 round: to see that it works")
     add("--output", type=Path, metavar="FILE.json", help="write rows and conditions here")
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.models, options.lengths, options.rounds = ["edge_150k"], [8], 1
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     if not all(1 < length <= 512 for length in options.lengths):
@@ -137,11 +144,16 @@ def percent(ratios: list[float]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse(given)
     if options.threads:
         torch.set_num_threads(options.threads)
-    settings = {"rows": options.rows, "rounds": options.rounds, "threads": torch.get_num_threads()}
-    known = {**conditions("cpu"), "settings": settings}
+    known = conditions("cpu", options.commit) | {
+        "command": shlex.join(["python", "scripts/benchmark/mirror.py", *given]),
+        "threads": torch.get_num_threads(),
+        "settings": {"rows": options.rows, "rounds": options.rounds, "vocabulary": VOCABULARY},
+        "quick": options.quick,
+    }
     cases = [(name, length) for name in options.models for length in options.lengths]
     rows = []
     for name, length in track(cases, "mirror", disable=not sys.stderr.isatty()):
@@ -152,7 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
         forward, enter = row["forward_ms"]["p50"], row["enter_ms"]
         print(f"{name:<12} N={length:<4} forward {forward:8.2f} ms, {words}, enter {enter:.2f} ms")
     if options.output:
-        write_json(options.output, {"conditions": known, "rows": rows})
+        report = public({"conditions": known, "rows": rows})
+        print(f"written to {write_json(options.output, report)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from cli.commands import run
 
 from gravity_hf import push_gravity_model
 from gravity_hf.models.lgt import LGTConfig, LGTForCausalLM, LGTForTokenClassification
+from gravity_hf.models.trimodel import TriModelConfig, TriModelForCausalLM
 from gravity_hf.training.tokenizers import byte_tokenizer
 
 SIZES = {
@@ -75,6 +76,20 @@ def test_a_model_that_sees_ahead_is_not_asked_for_what_it_sees(tmp_path):
     folder = save(tmp_path / "model", is_causal=False)
     assert "is_causal=False" in refused("generate", folder, "Hello")
     assert "is_causal=False" in refused("evaluate", folder)
+
+
+def test_a_model_of_three_inputs_is_not_asked_to_continue_one(tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "tri"
+    TriModelForCausalLM(TriModelConfig(**SIZES, is_causal=True, use_gate=True)).save_pretrained(
+        folder
+    )
+    byte_tokenizer().save_pretrained(folder)
+    for arguments in (("generate", folder, "Hello"), ("evaluate", folder), ("serve-model", folder)):
+        assert "three inputs, a world, a self and an environment" in refused(*arguments)
+    said = run("status", folder).output
+    assert "stream world" in said and "in each stream" in said
+    assert "gravity-hf generate" not in said and "load_gravity_model" in said
 
 
 def test_settings_that_do_not_fit_are_one_plain_error(tmp_path):

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.commands import run
 from hosts import VOCABULARY, tiny_host
 from transformers import AutoModelForMaskedLM, PreTrainedModel, Qwen2Tokenizer
 from transformers.utils import import_utils
 
-from gravity_hf import load_gravity_model, patch_with_gravity
+from gravity_hf import LGTConfig, LGTForCausalLM, load_gravity_model, patch_with_gravity
 from gravity_hf.integration.serving import servable
 
 serve = pytest.importorskip("transformers.cli.serve")
@@ -149,27 +150,65 @@ def test_the_server_writes_what_generate_writes_batching_continuously(
     assert "CB: True" in log.read_text()
 
 
-def test_the_server_writes_what_generate_writes_one_by_one(
-    folder: Path, expected: dict[str, str]
-) -> None:
-    """Also after it has unloaded the model and loaded it again."""
+@contextmanager
+def server_in_this_process(folder: Path) -> Iterator[str]:
+    """As the command line calls it; yields its address."""
     port = free_port()
-    url = f"http://localhost:{port}"
     with servable(folder, continuous_batching=False):
-        # As the command line calls it; in this process.
         started = serve.Serve(str(folder), device="cpu", port=port, non_blocking=True)
         try:
             while not started.server.started:
                 assert started._thread.is_alive()
                 time.sleep(0.05)
-            assert answers(url, folder) == expected
-            post(f"{url}/reset", {})
-            assert answers(url, folder) == expected
+            yield f"http://localhost:{port}"
         finally:
             started.kill_server()
+
+
+def test_the_server_writes_what_generate_writes_one_by_one(
+    folder: Path, expected: dict[str, str]
+) -> None:
+    """Also after it has unloaded the model and loaded it again."""
+    with server_in_this_process(folder) as url:
+        assert answers(url, folder) == expected
+        post(f"{url}/reset", {})
+        assert answers(url, folder) == expected
     from transformers.cli.serving import model_manager
 
     assert not hasattr(model_manager.transformers, "GravityQwen2ForCausalLM")
+
+
+@pytest.fixture(scope="module")
+def lgt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LGT of the same vocabulary, in the folder that its tokenizer is in."""
+    folder = tmp_path_factory.mktemp("lgt")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"eos_token_id": 0, "pad_token_id": 0}
+    LGTForCausalLM(LGTConfig(vocab_size=96, dim_position=4, **sizes, **ends)).save_pretrained(
+        folder
+    )
+    ascii_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_an_lgt_is_served_with_the_text_that_it_generates(lgt: Path) -> None:
+    model = LGTForCausalLM.from_pretrained(lgt).eval()
+    chat = ascii_tokenizer().apply_chat_template(MESSAGES, tokenize=False)
+    with server_in_this_process(lgt) as url:
+        found = answers(url, lgt)
+    assert found["/v1/completions"] == written(model, PROMPT) != ""
+    assert found["/v1/chat/completions"] == written(model, chat) != ""
+
+
+def test_what_cannot_be_served_of_own_models_is_one_plain_error(lgt: Path, tmp_path: Path) -> None:
+    result = run("serve-model", lgt, "--continuous-batching")
+    assert result.exit_code == 2 and "Leave out --continuous-batching" in result.output
+    ahead = Path(shutil.copytree(lgt, tmp_path / "ahead"))
+    config = json.loads((lgt / "config.json").read_text())
+    (ahead / "config.json").write_text(json.dumps({**config, "is_causal": False}))
+    result = run("serve-model", ahead)
+    assert result.exit_code == 2 and "is_causal=False" in result.output
 
 
 def test_a_plain_model_is_sent_to_transformers_serve(decoder: Path) -> None:

@@ -13,7 +13,13 @@ from cli.commands import run
 from ecosystem.folders import byte_decoder, byte_host, calibrated, saved_decoder
 from hosts import logits, tiny_host, tiny_inputs
 
-from gravity_hf import gravity_lora, load_gravity_model, unpatch_gravity
+from gravity_hf import (
+    LGTConfig,
+    LGTForCausalLM,
+    gravity_lora,
+    load_gravity_model,
+    unpatch_gravity,
+)
 from gravity_hf.cli.lm_eval import _with_model
 from gravity_hf.training.tokenizers import byte_tokenizer
 
@@ -91,6 +97,48 @@ def test_the_command_s_scores_are_those_of_the_model_s_own_logits(
     # The host without gravity would have scored otherwise.
     host = log_likelihood(unpatch_gravity(model), QUESTIONS[0]["question"], "falls")
     assert abs(host - float(scored[0]["filtered_resps"][0][0])) > 1e-2
+
+
+def test_an_lgt_is_measured_by_its_own_logits(tmp_path: Path) -> None:
+    from gravity_hf.training.lm_evaluation import GravityLM
+
+    model = lgt()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    measured = GravityLM(pretrained=str(tmp_path), device="cpu")
+    assert measured.max_length == 32
+    # The second text is longer than the model, and loses its beginning.
+    for question in ("The apple", "The apple on the very long branch"):
+        (found,) = measured.loglikelihood([request(question, " falls")])
+        ids = torch.tensor([byte_tokenizer()(f"{question} falls")["input_ids"][-33:]])
+        of_next = logits(model, {"input_ids": ids[:, :-1]})[0].log_softmax(-1)
+        taken = of_next.gather(1, ids[0, 1:, None])[-len(" falls") :]
+        assert found[0] == pytest.approx(taken.sum().item(), rel=1e-4)
+    assert isinstance(GravityLM(model, tokenizer=byte_tokenizer(), device="cpu").model, type(model))
+
+
+def request(question: str, choice: str) -> Any:
+    from lm_eval.api.instance import Instance
+
+    return Instance("loglikelihood", doc={}, arguments=(question, choice), idx=0)
+
+
+def lgt(**settings: Any) -> LGTForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    places = {"dim_position": 4, "max_position_embeddings": 32}
+    return LGTForCausalLM(LGTConfig(vocab_size=256, **(sizes | places | settings))).eval()
+
+
+def test_own_models_that_continue_no_text_are_refused(tmp_path: Path) -> None:
+    from gravity_hf.training.lm_evaluation import GravityLM
+
+    ahead = lgt(is_causal=False)
+    ahead.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for given in (str(tmp_path), ahead):
+        with pytest.raises(ValueError, match="is_causal=False"):
+            GravityLM(given, tokenizer=byte_tokenizer(), device="cpu")
 
 
 def test_an_adapter_s_folder_is_measured_with_its_base_and_its_tokenizer(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from gravity_hf.hub.card_lgt import results_of_lgt
-from gravity_hf.hub.card_lgt_law import law_text
+from gravity_hf.hub.card_lgt_law import constants, law_text
 from gravity_hf.hub.cards import card_of_folder, model_card, write_card
 from gravity_hf.models.lgt import LGTConfig
 
@@ -126,6 +126,25 @@ def test_the_recipe_is_the_one_that_was_recorded(measured: Path) -> None:
 )
 def test_the_law_is_the_one_of_the_config(changes: dict[str, Any], formula: str) -> None:
     assert formula in law_text(LGTConfig(**changes)) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dim_position": 64}, "lets a token see others"),
+        ({"dim_position": 8}, "is added to every distance"),
+        ({"dim_position": 64, "exclude_self": True}, "is added to every distance"),
+    ],
+)
+def test_the_softening_does_what_is_said(changes: dict[str, Any], said: str) -> None:
+    assert said in constants(LGTConfig(**changes))
+
+
+def test_only_a_recorded_training_tells_where_the_weights_are_from(
+    saved: Path, measured: Path
+) -> None:
+    assert "not converted" not in card_of_folder(saved, "x").text
+    assert "not converted" in card_of_folder(measured, "x").text
 
 
 def test_limits_hold_for_the_law_that_the_model_has() -> None:

@@ -140,3 +140,56 @@ def test_support_shows_every_category_and_where_it_was_examined(tables):
     assert lines[0].startswith("| kind of model | model types | built |")
     assert lines[2] == "| causal LM | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 1 | 0 | 0 |"
     assert lines[-1] == "transformers 5.24.0, torch 2.13.0, commit 012, 2026-11-26."
+
+
+def recall_row(variant, task, seed, accuracy):
+    settings = {"length": 32, "vocabulary": 32, "steps": 400}
+    row = {"variant": variant, "task": task, "seed": seed, "accuracy": accuracy}
+    conditions = {**KNOWN, "versions": {"torch": "2.11", "transformers": "5.17"}}
+    row |= {"chance": 0.0615234375, "change_of_earlier_logits": 0.0}
+    return {**row, "settings": settings, "conditions": conditions}
+
+
+def test_recall_shows_the_range_over_seeds_and_chance(tables, tmp_path):
+    rows = [recall_row("defaults", "first", seed, 0.99 + seed / 1000) for seed in (0, 1, 2)]
+    rows += [recall_row("no cap", "previous", 0, 1.0), recall_row("no cap", "first", 0, 0.9)]
+    text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "lgt_recall.jsonl").write_text(text, encoding="utf-8")
+    lines = tables.lgt_experiment_tables.recall_text(tmp_path).splitlines()
+    assert "| LGT at its defaults | – | 0.9900 – 0.9920 | 3 |" in lines
+    assert "| no cap, smooth cap | 1.0000 | 0.9000 | 1 |" in lines
+    assert "Chance is 0.0615: rows of 32 tokens of 32, 400 steps." in lines[-3]
+    assert lines[-1] == "NVIDIA H200, torch 2.11, transformers 5.17, 2026-11-26."
+
+
+def test_every_variant_of_the_recall_experiment_has_its_line(tables):
+    import lgt_recall
+
+    shown = [name for names in tables.lgt_experiment_tables.VARIANTS.values() for name in names]
+    assert sorted(shown) == sorted(lgt_recall.VARIANTS)
+
+
+def test_language_models_stand_beside_counting_under_their_conditions(tables, tmp_path):
+    trained = {"arm": "LGT", "parameters": 5000, "learning_rate": 1e-3, "seconds": 8.0}
+    settings = {"width": 96, "layers": 3, "heads": 4, "rows": 16, "length": 128, "rates": [1, 2]}
+    content = {
+        "settings": settings,
+        "text": {"description": "the standard library"},
+        "rows": [
+            {"arm": "bigram", "parameters": 65536, "seed": None, "bits_per_byte": 3.5},
+            *({**trained, "seed": s, "steps": 600, "bits_per_byte": 2.0 + s} for s in (0, 1)),
+        ],
+        "conditions": {**KNOWN, "versions": {"torch": "2.11", "transformers": "5.17"}},
+    }
+    (tmp_path / "lgt_language_model.json").write_text(json.dumps(content), encoding="utf-8")
+    lines = tables.lgt_experiment_tables.language_model_text(tmp_path).splitlines()
+    assert "| bigram | 65,536 | 3.5000 | – | – | – |" in lines
+    assert "| LGT | 5,000 | 2.5000 ± 0.7071 | 0.001 | 8 | 2 |" in lines
+    assert lines[-3].startswith("the standard library. Width 96, 3 layers, 4 heads; 600 steps of")
+    assert lines[-1] == "NVIDIA H200, torch 2.11, transformers 5.17, 2026-11-26."
+
+
+@pytest.mark.parametrize("name", ["recall", "language_model"])
+def test_an_experiment_without_its_file_names_the_command_that_makes_it(tables, tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"python scripts/experiments/lgt_{name}.py"):
+        getattr(tables.lgt_experiment_tables, f"{name}_text")(tmp_path)

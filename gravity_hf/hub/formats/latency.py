@@ -33,7 +33,8 @@ class Latency:
 
 
 def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, Latency]:
-    """Times of every call, in turns, so that a busy machine is busy for all of them.
+    """Times of every call, in turns, so that a busy machine is busy for all of them. Each turn
+    begins with another one, so that none is always measured after the same other.
 
     Args:
         calls: by name. Each is called once before, for what a first call loads.
@@ -41,13 +42,15 @@ def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, Latency]:
     """
     for call in calls.values():
         call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     turns = 0
     while turns < _LEAST_ROUNDS or time.perf_counter() < end:
-        for name, call in calls.items():
+        first = turns % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            call()
+            calls[name]()
             times[name].append((time.perf_counter() - start) * 1e3)
         turns += 1
     return {

@@ -18,14 +18,9 @@ from transformers import PreTrainedModel
 
 from ...config import GravityConfig
 from ...integration.hosts import gravity_modules, settings_of
+from ...integration.loading import load_gravity_model
 from ...training.folders import WEIGHTS
-from ..own_models import (
-    OwnSettings,
-    is_own_config,
-    is_own_model,
-    load_own_or_gravity,
-    own_settings,
-)
+from ..own_models import OwnSettings, is_own_config, is_own_model, own_settings
 
 # Inputs of towers beside the text, by which a model is known to be multimodal.
 _OTHER_TOWERS = ("pixel_values", "input_features", "input_values", "pixel_values_videos")
@@ -121,7 +116,7 @@ def _settings(model: nn.Module) -> GravityConfig | OwnSettings | None:
 def load_runnable(folder: Path, **options: Any) -> PreTrainedModel:
     """The model of a folder, run by the implementation that this machine has, whichever its
     settings name; a host's stay as they are in `model.config`."""
-    model = load_own_or_gravity(folder, **options).eval()
+    model = load_gravity_model(folder, **options).eval()
     if is_own_config(model.config):
         model.config.implementation = "auto"
     for module in gravity_modules(model).values():

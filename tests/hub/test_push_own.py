@@ -1,0 +1,64 @@
+"""A model that is gravity by construction is pushed with a card of what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hub.loopback import LoopbackHub
+from huggingface_hub import ModelCard
+
+from gravity_hf import (
+    LGTConfig,
+    LGTForCausalLM,
+    TriModel,
+    TriModelConfig,
+    gravity_lora,
+    load_gravity_model,
+    push_gravity_model,
+)
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "dim_position": 4,
+    "max_position_embeddings": 32,
+}
+
+
+def lgt() -> LGTForCausalLM:
+    torch.manual_seed(0)
+    return LGTForCausalLM(LGTConfig(**SIZES)).eval()
+
+
+def test_push_to_hub_of_an_lgt_is_one_commit_with_a_card_that_says_so(hub: LoopbackHub) -> None:
+    model = lgt()
+    model.add_model_tags(["mine"])
+    done = model.push_to_hub("me/x", tags="yours", commit_message="m")
+    repo = hub.repo("me/x")
+    assert repo.messages == ["initial commit", "m"] and done.oid == repo.oid("main")
+    assert {"config.json", "model.safetensors", "README.md"} <= repo.paths()
+    assert "modeling_gravity.py" not in repo.paths()
+    card = ModelCard(repo.tree("main")["README.md"].content.decode())
+    assert {"mine", "yours", "gravity-attention", "lgt"} <= set(card.data.tags)
+    assert "More Information Needed" not in card.text
+    again = load_gravity_model("me/x").eval()
+    ids = torch.arange(8)[None]
+    assert type(again) is LGTForCausalLM
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_what_cannot_be_pushed_says_what_to_do(tmp_path: Path) -> None:
+    model = lgt()
+    adapted = gravity_lora(model)
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        push_gravity_model(adapted, "me/x", dry_run=True)
+    # The same object, with layers of the adapter in it.
+    with pytest.raises(RuntimeError, match="merge_and_unload"):
+        push_gravity_model(model, "me/x", dry_run=True)
+    TriModel(TriModelConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no card is made"):
+        push_gravity_model(tmp_path, "me/x", dry_run=True)
