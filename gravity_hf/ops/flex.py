@@ -257,6 +257,10 @@ def _broadcast(tensor: Tensor, *indices: Tensor) -> Tensor:
     ]
 
 
+# As many as dynamo keeps for one function in all.
+_GRAPHS = 256
+
+
 @functools.cache
 def _runner(device_type: str) -> Callable[..., Tensor]:
     """Imported and compiled on first use: importing the package must not start a compiler."""
@@ -281,4 +285,17 @@ def _runner(device_type: str) -> Callable[..., Tensor]:
             kernel_options=options or None,
         )
 
-    return run if device_type == "cpu" else torch.compile(run)
+    return run if device_type == "cpu" else _many_graphs(torch.compile(run))
+
+
+def _many_graphs(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Each shape of head and each combination of terms has a graph of its own. Beyond dynamo's
+    limit, 8, calls would run unfused without a word, with all scores in memory."""
+
+    def call(*arguments: object) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled(*arguments)
+        with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+            return compiled(*arguments)
+
+    return call
