@@ -191,3 +191,19 @@ def test_compiled_curvature_padding_and_tables_on_a_gpu():
     )
     actual = run(gravity_attention_flex, {n: x.cuda() for n, x in table.items()}, **options)
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_more_shapes_than_dynamo_has_graphs_for_stay_compiled():
+    """Beyond dynamo's limit a call would run unfused, with all scores in memory."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    limit = torch._dynamo.config.recompile_limit
+    call = flex._many_graphs(torch.compile(lambda x: x * 2.0, backend=backend, dynamic=False))
+    for width in range(1, limit + 5):
+        assert call(torch.ones(width)).tolist() == [2.0] * width
+    assert len(compiled) == limit + 4
+    assert torch._dynamo.config.recompile_limit == limit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +14,11 @@ from transformers.utils import can_return_tuple, logging
 
 from .configuration_lgt import LGTConfig
 from .modeling_lgt import CACHE_FIELD, LGTModel, LGTPreTrainedModel
+from .visibility import is_traced
 
 logger = logging.get_logger(__name__)
 
-# What tokenizers, collators and trainers hand to any model, and an LGT can do without: token types,
-# and lengths of packed documents, which `position_ids` say, too.
-_NOT_NEEDED = frozenset(
-    {
-        *("num_items_in_batch", "ignore_index", "shift_labels", "token_type_ids", "cache_position"),
-        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
-    }
-)
+_OWN = tuple(inspect.signature(LGTModel.forward).parameters)
 
 
 @dataclass
@@ -113,17 +109,13 @@ class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
         Args:
             labels: `[B, T]`, shifted here; -100 is left out of the loss.
             logits_to_keep: only the last so many logits, or those at these indices; 0: all.
-            kwargs: for the loss, such as `num_items_in_batch`.
+            kwargs: for the loss, such as `num_items_in_batch`; what else generation, servers and
+                tokenizers hand to any model is ignored.
 
         Raises:
-            TypeError: other names where no loss is asked for.
+            TypeError: a name that is nearly one of an LGT's.
         """
-        unknown = [] if labels is not None else sorted(kwargs.keys() - _NOT_NEEDED)
-        if unknown:
-            raise TypeError(
-                f"LGTForCausalLM: expected no further arguments without labels, got {unknown}. "
-                "Look for a misspelt name"
-            )
+        _refuse_misspelt(kwargs)
         if labels is not None and not self.config.is_causal:
             logger.warning_once(
                 "LGTForCausalLM: config.is_causal is False, so the model sees the tokens that it "
@@ -158,3 +150,11 @@ class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
             masses=outputs.masses,
             **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
         )
+
+
+def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
+    """A mask under a name that nobody reads would be lost without a word."""
+    for name in () if is_traced() else kwargs:
+        near = difflib.get_close_matches(name, _OWN, n=1, cutoff=0.9)
+        if near:
+            raise TypeError(f"LGTForCausalLM: expected {near[0]}, got {name}: a misspelt name?")
