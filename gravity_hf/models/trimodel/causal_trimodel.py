@@ -137,5 +137,8 @@ class TriModelForCausalLM(TriPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, **{_CACHE_FIELD: world.get(_CACHE_FIELD)}
         )
 
+    def _get_static_cache_init_shape(self) -> None:
+        """None: keys are masses, one per head, which the cache learns from the first ones."""
+
     def _wants_cache(self, use_cache: bool | None) -> bool:
         return (self.config.use_cache and not self.training) if use_cache is None else use_cache

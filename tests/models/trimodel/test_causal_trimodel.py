@@ -43,6 +43,8 @@ def test_generation_with_a_cache_is_the_one_without() -> None:
     )
     assert with_cache.shape == (2, 13)
     assert torch.equal(with_cache, without)
+    fixed = {"cache_implementation": "static", "prefill_chunk_size": 4}
+    assert torch.equal(model.generate(**inputs, **masks, **settings, **fixed), without)
     # One step alone, so that equal argmaxes hide nothing.
     full = model(**inputs, use_cache=False).logits
     first = model(**{**inputs, "input_ids": inputs["input_ids"][:, :6]}, use_cache=True)
