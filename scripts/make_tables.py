@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "experiments")]
 
 import lgt_experiment_tables  # noqa: E402
 import lgt_tables  # noqa: E402
+import ngt_tables  # noqa: E402
 from table_text import (  # noqa: E402
     Rows,
     benchmark_conditions,
@@ -423,6 +424,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lgt-mirror": lambda: lgt_tables.mirror_text(BENCHMARKS),
     "lgt-recall": lambda: lgt_experiment_tables.recall_text(RESULTS),
     "lgt-language-model": lambda: lgt_experiment_tables.language_model_text(RESULTS),
+    **ngt_tables.tables(RESULTS, BENCHMARKS),
     "parallel": parallel,
     "formats": formats,
     "space": space,

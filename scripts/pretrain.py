@@ -1,14 +1,24 @@
-"""Train any registered causal language model from scratch, under gravity or dot-product attention.
+"""Train a causal language model from scratch: an NGT, an LGT, or any that transformers knows, under
+gravity or dot-product attention.
 
-    python scripts/pretrain.py --output_dir runs/gravity
-    python scripts/pretrain.py --output_dir runs/softmax --attention dot_product
-    python scripts/pretrain.py --output_dir runs/gpt2 --architecture gpt2 --tokenizer char \\
-        --text_files tinyshakespeare.txt --overrides n_embd=384,n_layer=6,n_head=6,n_positions=256
+    python scripts/pretrain.py --model ngt --output_dir runs/ngt
+    python scripts/pretrain.py --model ngt --attention dot_product --output_dir runs/twin
+    python scripts/pretrain.py scripts/recipes/ngt-w3-25m.yaml --output_dir runs/w3
+    python scripts/pretrain.py --model gpt2 --tokenizer char --text_files tinyshakespeare.txt \\
+        --overrides n_embd=384,n_layer=6,n_head=6,n_positions=256 --output_dir runs/gpt2
     accelerate launch --num_processes 2 scripts/pretrain.py recipe.yaml
 
-Without --text_files or --dataset it trains on the Python standard library's source. Every option of
-transformers' TrainingArguments is accepted, as a flag or in the YAML file. A run that was stopped
-goes on from its last whole checkpoint when the same command is given again.
+Flags win over the file, and --overrides over --preset, also where they say what is the default
+anyway. Text: --text_files, --dataset (wikitext103, wikitext2, tinyshakespeare, or any name or
+folder for datasets.load_dataset), or, without either, the Python standard library's source. Every
+option of transformers' TrainingArguments is accepted: --bf16 and --fp16 for mixed precision,
+--gradient_accumulation_steps, --torch_compile, --report_to tensorboard, ...
+
+OUTPUT_DIR then is the model as it was last; OUTPUT_DIR/best has the lowest validation loss,
+OUTPUT_DIR/last the last one beside it; each loads as it is, its tokenizer too. A run that was
+stopped goes on from its last whole checkpoint when the same command is given again. What next:
+
+    gravity-hf chat runs/ngt
 """
 
 from __future__ import annotations
@@ -18,12 +28,25 @@ import sys
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from gravity_hf.cli.console import make_console
 from gravity_hf.cli.main import EXIT_EXPECTED, EXPECTED_ERRORS
 from gravity_hf.cli.steps.parsing import parse_settings
+from gravity_hf.training.new_models import config_of
 from gravity_hf.training.pretraining import PretrainArguments, pretrain, write_record
 from gravity_hf.training.streams import load_stream
+from gravity_hf.training.tokenizers import BYTES
+
+
+@dataclass
+class ModelName:
+    """What is trained."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "ngt, lgt, or a model_type of transformers: qwen2 [qwen2], gpt2, ..."},
+    )
 
 
 @dataclass
@@ -31,23 +54,33 @@ class TextArguments:
     """Where the text comes from."""
 
     tokenizer: str = field(
-        default="byte", metadata={"help": "byte, char, bpe:SIZE, or a tokenizer's folder or name."}
+        default="byte",
+        metadata={
+            "help": "byte, char, bpe:SIZE, tiktoken:NAME (gpt2, ...), tiktoken:FILE, or a "
+            "tokenizer's folder or name."
+        },
     )
     text_files: list[str] | None = field(default=None, metadata={"help": "Text files."})
-    dataset: str | None = field(default=None, metadata={"help": "Name for datasets.load_dataset."})
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "wikitext103, wikitext2, tinyshakespeare, or a name or folder for "
+            "datasets.load_dataset."
+        },
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     text_column: str = field(default="text", metadata={"help": "Its column of text."})
     train_bytes: int = field(default=100_000_000, metadata={"help": "Training text at most."})
     validation_bytes: int = field(default=10_000_000, metadata={"help": "Validation text at most."})
 
 
-# A small Qwen2, and what a small model trained from scratch wants, where TrainingArguments was made
-# for fine-tuning.
+# The sizes of a small Qwen2, where nothing else is said.
+SMALL_QWEN2 = (
+    "hidden_size=384,intermediate_size=1024,num_hidden_layers=6,num_attention_heads=6,"
+    "num_key_value_heads=2,tie_word_embeddings=true"
+)
+# What a small model trained from scratch wants, where TrainingArguments was made for fine-tuning.
 DEFAULTS = {
-    "overrides": (
-        "hidden_size=384,intermediate_size=1024,num_hidden_layers=6,num_attention_heads=6,"
-        "num_key_value_heads=2,tie_word_embeddings=true"
-    ),
     "output_dir": "pretrained",
     "max_steps": 1000,
     "per_device_train_batch_size": 64,
@@ -69,22 +102,37 @@ DEFAULTS = {
 }
 
 
+def settings_of(
+    arguments: list[str],
+) -> tuple[PretrainArguments, TextArguments, TrainingArguments]:
+    """What a command line says, once each value is known to be given or not."""
+    name, model, text, training = parse_settings(
+        (ModelName, PretrainArguments, TextArguments, TrainingArguments),
+        arguments,
+        # None: not given.
+        {**DEFAULTS, "architecture": None},
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # --architecture is the older name.
+    names = {given for given in (name.model, model.architecture) if given is not None}
+    if len(names) > 1:
+        raise ValueError(f"--model: expected one name, got {sorted(names)} with --architecture")
+    model.architecture = names.pop() if names else "qwen2"
+    if model.architecture == "qwen2" and not model.overrides:
+        model.overrides = SMALL_QWEN2
+    return model, text, training
+
+
 def main(arguments: list[str]) -> None:
     """Train one model; expected errors end in one line and exit code 2."""
     console = make_console()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
-        kinds = (PretrainArguments, TextArguments, TrainingArguments)
-        defaults = DEFAULTS
-        if any(a.startswith("--architecture") for a in arguments):
-            # The sizes are those of another architecture's names.
-            defaults = {**DEFAULTS, "overrides": ""}
-        model, text, training = parse_settings(
-            kinds,
-            arguments,
-            defaults,
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        model, text, training = settings_of(arguments)
+        # What cannot be built is said before a text is fetched and made into tokens.
+        config_of(model, BYTES)
         stream = load_stream(**vars(text))
         is_main = training.process_index == 0
         if is_main:

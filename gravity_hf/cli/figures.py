@@ -43,8 +43,11 @@ def figures(
         typer.Option(help="Text to measure on; repeatable (default: Python's help text)"),
     ] = None,
     prompt: Annotated[
-        str, typer.Option(help="Text of the attention maps; 24 tokens are shown.")
-    ] = _PROMPT,
+        str | None,
+        typer.Option(
+            help="Text of the attention maps, of which 24 tokens are shown (default: a sentence)"
+        ),
+    ] = None,
     theme: Annotated[
         Literal["light", "dark", "both"], typer.Option(help="Paper of the figures.")
     ] = "light",
@@ -68,6 +71,9 @@ def figures(
     figures in OUT are replaced. Models of other inputs than text get the figures that need none;
     Python draws them all: gravity_hf.viz.export.write_figures with batches of their inputs.
 
+    Of an NGT the coordinates of 256 tokens of the text, or of --prompt, are drawn: as a picture
+    after one layer (default: the last), and always as a page to turn with all layers.
+
     Examples:
 
         gravity-hf figures out
@@ -77,9 +83,11 @@ def figures(
     from ..hub.own_models import is_own_folder
     from ..integration.loading import load_gravity_model
     from ..training.any_model import load_any_tokenizer
+    from ..viz.coordinates import has_coordinates
     from ..viz.export import write_figures
     from ..viz.style import require_matplotlib, require_plotly
     from .hosts import load_host
+    from .own_figures import draw_coordinates, require_coordinates, stretch_of_text
 
     require_matplotlib()
     if interactive:
@@ -89,20 +97,21 @@ def figures(
             f"DIR: expected a folder of a gravity model or adapter, there is none at "
             f"{str(directory)!r}. Make one with: gravity-hf convert MODEL OUT"
         )
+    target = out or directory / "figures"
     if is_own_folder(directory):
-        raise ValueError(
-            f"figures: expected a host with gravity in it, whose queries and keys are drawn; "
-            f"{str(directory)!r} is a model whose tokens have positions instead, and none of its "
-            "figures are made here. Its constants, layer by layer: gravity-hf status "
-            f"{directory}"
-        )
+        require_coordinates(directory, {"--against": against, "--head": head})
     quiet_libraries()
     console = make_console()
     model = load_gravity_model(directory, dtype="auto").to(device).eval()
+    if has_coordinates(model):
+        shown = stretch_of_text(text, seed) if prompt is None else prompt
+        how = {"theme": theme, "layer": layer}
+        _show(console, draw_coordinates(model, directory, target, shown, **how), target)
+        return
     inputs: dict[str, Any] = {}
     if _reads_text(model):
         tokenizer = load_any_tokenizer(str(directory))
-        inputs = _inputs(model, tokenizer, text, prompt, seed)
+        inputs = _inputs(model, tokenizer, text, prompt or _PROMPT, seed)
         if against is not None:
             inputs["host"] = load_host(against, device=device, argument="--against")
     else:
@@ -110,7 +119,6 @@ def figures(
             f"{type(model).__name__} reads no plain text: only the figures that need none",
             markup=False,
         )
-    target = out or directory / "figures"
     entries = write_figures(
         model,
         target,

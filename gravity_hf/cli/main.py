@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import (
+    chat,
     evaluate,
     export,
     figures,
@@ -40,6 +41,8 @@ Gravity attention for Hugging Face transformers: a token attends to what is near
     gravity-hf status out
 
     gravity-hf generate out "Gravity is"
+
+    gravity-hf chat out
 
 [bold]Look inside[/bold], and share it once the list of what goes up is right:
 
@@ -117,6 +120,7 @@ app.command(name="convert")(convert.convert)
 app.command(name="status")(status.status)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="generate")(generate.generate)
+app.command(name="chat")(chat.chat)
 app.command(name="figures")(figures.figures)
 app.command(name="export")(export.export)
 app.command(name="push")(push.push)

@@ -1,4 +1,5 @@
-"""What `gravity-hf status` says of models that are gravity by themselves: LGT and the tri-model."""
+"""What `gravity-hf status` says of models that are gravity by themselves: LGT, the tri-model
+and NGT, whose twins have none."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..hub.own_models import own_config
 from ..integration.own_models import gravity_in_words, sizes_in_words, why_no_text
+from ..integration.own_words import NGT, is_twin
 
 
 def show_own_model(console: Console, directory: Path, config: dict[str, Any]) -> None:
@@ -23,37 +25,58 @@ def show_own_model(console: Console, directory: Path, config: dict[str, Any]) ->
     # As the model would read it: what config.json leaves out has its default.
     settings = own_config(directory)
     name = (config.get("architectures") or [settings.model_type])[0]
-    console.print(f"[bold]{escape(str(directory))}[/bold]: {escape(name)}, gravity from the start")
+    what = "without gravity" if is_twin(settings) else "gravity from the start"
+    console.print(f"[bold]{escape(str(directory))}[/bold]: {escape(name)}, {what}")
     for line in (sizes_in_words(settings), *gravity_in_words(settings)):
         console.print(f"  {line}", markup=False)
     if not any(directory.glob("model*.safetensors")):
         console.print("  no model.safetensors: the settings alone are here")
         return
-    _show_tensors(console, directory)
+    _show_tensors(console, directory, settings)
     console.print(f"  next: {_next_step(directory, settings)}", markup=False)
 
 
-def _show_tensors(console: Console, directory: Path) -> None:
-    from ..hub.card_lgt import constants_of
+def _show_tensors(console: Console, directory: Path, settings: PreTrainedConfig) -> None:
     from ..hub.plan import size_in_words
     from ..hub.tensor_files import shapes_of_export
 
     count = len(shapes_of_export(directory, "model"))
     size = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
     console.print(f"  {count} tensors, {size_in_words(size)}")
-    rows = constants_of(directory)
+    rows, columns = _constants(directory, settings)
     if not rows:
         return
-    console.print("  |G| over the heads of each layer: lowest / median / highest")
+    console.print("  of the heads of each layer: lowest / median / highest")
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("layer", no_wrap=True)
     table.add_column("heads", justify="right")
-    table.add_column("|G|", justify="right", no_wrap=True)
+    for title, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        found = row["G"]
-        spread = " / ".join(f"{found[which]:.4g}" for which in ("lowest", "median", "highest"))
-        table.add_row(row["layer"], str(found["count"]), spread)
+        heads = row[columns[0][1]]["count"]
+        table.add_row(row["layer"], str(heads), *(_spread(row.get(key)) for _, key in columns))
     console.print(table)
+
+
+def _constants(
+    directory: Path, settings: PreTrainedConfig
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Rows of layers, and of their columns the titles and the keys."""
+    if settings.model_type == NGT:
+        from ..hub.card_ngt import COLUMNS, constants_of_ngt
+
+        rows = constants_of_ngt(directory)
+        return rows, [(title, key) for title, key in COLUMNS if any(key in row for row in rows)]
+    from ..hub.card_lgt import constants_of
+
+    return constants_of(directory), [("|G|", "G")]
+
+
+def _spread(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    numbers = [f"{found[which]:.4g}" for which in ("lowest", "median", "highest")]
+    return numbers[0] if found["lowest"] == found["highest"] else " / ".join(numbers)
 
 
 def _next_step(directory: Path, settings: PreTrainedConfig) -> str:

@@ -18,6 +18,14 @@ from .card_words import counted
 # Key of the row of the model itself.
 THIS = "this"
 COUNTED = ("unigram", "bigram")
+_COUNTS = (
+    "Unigram and bigram are counts of the training text, smoothed by a constant that was chosen on "
+    "its last tenth."
+)
+_LEGEND = (
+    "All others were trained by the same recipe on the same windows in the same order, each with "
+    "the best of the same learning rates; softmax is GPT-2 of the same width, layers and heads"
+)
 
 
 def parts(facts: dict[str, Any], name: str) -> dict[str, Any]:
@@ -143,23 +151,28 @@ def recipe(facts: dict[str, Any]) -> list[str]:
 
 def measured(facts: dict[str, Any]) -> str:
     """Markdown: bits per byte of all that were compared."""
+    return comparison(facts, _LEGEND)
+
+
+def comparison(facts: dict[str, Any], rivals: str) -> str:
+    """Markdown: bits per byte of all that were compared; `rivals`: a sentence, what the others are,
+    without its full stop."""
     evaluation = facts["evaluation"]
     if evaluation is None:
         return "Nothing was measured: no results lie in this folder."
     lines = ["| model | parameters | bits per byte | seeds |", "| --- | ---: | ---: | ---: |"]
+    keys = {row["key"] for row in evaluation["rows"]}
     for row in evaluation["rows"]:
         title = f"**{row['title']}: this model**" if row["key"] == THIS else row["title"]
         # Counting has no seed.
         seeds = "–" if row["key"] in COUNTED else str(len(row["bits_per_byte"]))
         bits = mean_and_spread(row["bits_per_byte"])
         lines.append(f"| {title} | {row['parameters']:,} | {bits} | {seeds} |")
+    counts = f" {_COUNTS}" if keys & set(COUNTED) else ""
     legend = (
         f"Held-out text: {evaluation['text']}; {counted(evaluation['tokens'], 'token')} measured, "
         f"in windows of {evaluation['length']}. Mean ± standard deviation over seeds; the model in "
-        f"this folder has {evaluation['own']:.4f}. Unigram and bigram are counts of the training "
-        "text, smoothed by a constant that was chosen on its last tenth. All others were trained "
-        "by the same recipe on the same windows in the same order, each with the best of the same "
-        "learning rates; softmax is GPT-2 of the same width, layers and heads. Lower is better"
+        f"this folder has {evaluation['own']:.4f}.{counts} {rivals}. Lower is better"
     )
     return "\n".join([*lines, "", f"{legend}. {verdict(evaluation['rows'])}"])
 

@@ -13,10 +13,8 @@ from ..training.files import write_text
 from .card_attribution import citation, licence
 from .card_facts import complete, facts_of_folder
 from .card_figures import FOLDER, read_figures
+from .card_kinds import card_kind, kind_of_folder
 from .card_law import constants, law_text, layer_table
-from .card_lgt import complete_lgt, facts_of_lgt, is_lgt_folder, is_lgt_results
-from .card_lgt_text import metadata as lgt_metadata
-from .card_lgt_text import parts as lgt_parts
 from .card_limits import limits, software
 from .card_metadata import metadata
 from .card_tables import measured
@@ -51,10 +49,11 @@ def write_card(
 
 
 def model_card(results: dict[str, Any], name: str) -> ModelCard:
-    """The card of a conversion, or of an LGT, without pictures.
+    """The card of a conversion, or of a model of our own, without pictures.
 
     Args:
-        results: as `gravity-hf convert` writes them to results.json; of an LGT with its config.
+        results: as `gravity-hf convert` writes them to results.json; of an LGT or an NGT with its
+            config.
         name: of the model; the title.
     """
     return _card(_complete(results), name, [])
@@ -67,8 +66,8 @@ def card_of_folder(
     its settings and tensors, which say nothing of its quality: "not measured".
 
     Args:
-        folder: as `save_pretrained` or `gravity-hf convert` wrote it, or a saved LGT; pictures in
-            its `figures`.
+        folder: as `save_pretrained` or `gravity-hf convert` wrote it, or a saved LGT or NGT;
+            pictures in its `figures`.
         name: of the model, such as `me/my-model`; the title.
         host: folder or Hub name of the host, where the folder does not record it.
         online: whether the Hub may be asked for the host's card, for its licence.
@@ -83,29 +82,31 @@ def card_of_folder(
 def _facts_of_folder(
     folder: Path, host: str | None = None, *, online: bool = True
 ) -> dict[str, Any]:
-    if is_lgt_folder(folder):
-        return facts_of_lgt(folder)
+    own = kind_of_folder(folder)
+    if own is not None:
+        return own.complete(own.results_of(folder))
     if is_own_folder(folder):
         raise ValueError(
-            f"card: expected an LGT or a converted model, got {str(folder)!r} of another kind, "
-            "such as a tri-model, which has no card yet. Write its README.md yourself"
+            f"card: expected an LGT, an NGT or a converted model, got {str(folder)!r} of another "
+            "kind, such as a tri-model, which has no card yet. Write its README.md yourself"
         )
     return facts_of_folder(folder, host, online=online)
 
 
 def _complete(results: dict[str, Any]) -> dict[str, Any]:
-    return complete_lgt(results) if is_lgt_results(results) else complete(results)
+    own = card_kind(results)
+    return complete(results) if own is None else own.complete(results)
 
 
 def _card(facts: dict[str, Any], name: str, figures: list[dict[str, str]]) -> ModelCard:
     template = resources.files(_CARDS_PACKAGE).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    is_lgt = is_lgt_results(facts)
+    own = card_kind(facts)
     return ModelCard.from_template(
-        lgt_metadata(facts, name) if is_lgt else metadata(facts, name),
+        metadata(facts, name) if own is None else own.metadata(facts, name),
         template_str=template,
         title=name,
         figures=figures,
-        **(lgt_parts(facts, name) if is_lgt else _parts(facts, name)),
+        **(_parts(facts, name) if own is None else own.parts(facts, name)),
     )
 
 

@@ -14,7 +14,7 @@ from ..integration.guards import EXPORT_NAME, GRAVITY_LORA, WEIGHTS_KEY
 from ..integration.hosts import make_child, select_sites
 from ..integration.remote_code import REMOTE_CODE_MODULE
 from ..integration.sites import find_attention_sites
-from .card_lgt import is_lgt_folder
+from .card_kinds import kind_of_folder
 from .contents import contents_of
 from .own_models import is_own_folder, own_config
 from .secret_files import refuse_unsafe
@@ -86,9 +86,9 @@ def _check_model(folder: Path) -> None:
 def _check_own_model(folder: Path) -> None:
     """A model type of its own, which nothing else could run: its weights are what is asked for."""
     config = own_config(folder)
-    if not is_lgt_folder(folder):
+    if kind_of_folder(folder) is None:
         raise ValueError(
-            f"{folder}: expected a converted host or an LGT, got model type "
+            f"{folder}: expected a converted host, an LGT or an NGT, got model type "
             f"{config.model_type!r}, which no card is made for. Push it as it is, with a README.md "
             "of yours: huggingface_hub.upload_folder(folder_path=..., repo_id=...)"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .card_lgt import is_lgt_results
+from .card_kinds import card_kind
 from .card_lora import is_lora_run
 from .tensor_files import read_json
 
@@ -85,7 +85,7 @@ def given_results(extras: Extras) -> dict[str, Any] | None:
 
 def missing_block(results: Mapping[str, Any]) -> str | None:
     """The first block that a card needs and `results` lack; None where nothing is missing."""
-    if is_lgt_results(dict(results)):
+    if card_kind(results) is not None:
         return None
     blocks = _LORA_BLOCKS if is_lora_run(dict(results)) else _BLOCKS
     return next(

@@ -1,4 +1,5 @@
-"""Models that are gravity by themselves, such as LGT: no host, and no `GravityConfig` in them."""
+"""Models that are gravity by themselves, LGT, the tri-model and NGT: they have no host, and no
+`GravityConfig` in them."""
 
 from __future__ import annotations
 
@@ -31,6 +32,11 @@ _GRAVITY = (
     *("force_law", "curvature", "gravitational_constant", "event_horizon", "softening"),
     *("max_force", "force_cap", "exclude_self", "value_projection", "position_type"),
     *("position_scale", "is_causal", "streams", "fusion_gravitational_constant"),
+    # Of NGT.
+    *("attention", "positions", "law", "repulsive", "learn_softening", "token_masses"),
+    *("mass_in_value", "mass_exponent", "head_bias", "coordinate_positions", "position_base"),
+    *("content_coordinates", "anchor_coordinates", "hidden_head_coordinates", "asymmetric"),
+    *("coordinate_source", "mass_fading", "cutoff", "cutoff_width"),
 )
 _LAWS = {"exp": "force", "power": "power"}
 
@@ -48,7 +54,8 @@ class OwnSettings:
     @property
     def law(self) -> str:
         """`"force"` (softmax over forces) or `"power"` (weights proportional to a power)."""
-        return _LAWS.get(self.values.get("force_law", "exp"), "force")
+        named = self.values.get("law") or _LAWS.get(self.values.get("force_law", "exp"))
+        return named or "force"
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.values)

@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 from .cards import card_of_folder
 from .file_names import CARD_FILE
 
-# In the metadata of every card of a gravity model.
+# In the metadata of every card of a gravity model, and of the twin of one.
 _OUR_TAG = "gravity-attention"
+_OUR_TAGS = {_OUR_TAG, "ngt"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _gravity_card(file: Path) -> ModelCard | None:
     except (ValueError, TypeError, yaml.YAMLError):
         return None
     tags = card.data.to_dict().get("tags")
-    return card if isinstance(tags, list) and _OUR_TAG in tags else None
+    return card if isinstance(tags, list) and _OUR_TAGS & set(tags) else None
 
 
 def _is_untouched(

@@ -1,4 +1,6 @@
-"""Models that are gravity by construction, such as LGT: nothing is patched, and there is no host.
+"""Models that are gravity by construction, LGT, the tri-model and NGT: nothing is patched, and
+there is no host. NGT's twins, which have no gravity, count among them, so that they are saved,
+loaded and served in the same ways.
 
 They live on this floor, too, so that they are known here by their configs and by the names of
 their parameters; no model is imported.
@@ -14,7 +16,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..layers.float32 import Float32
 from ..layers.positions import CurvedPositionEmbedding, FractalPositionEmbedding
+from .own_words import NGT, is_twin, ngt_in_words, ngt_sizes_in_words
 
 _LIBRARY = f"{__package__.partition('.')[0]}."
 _MODELS = f"{_LIBRARY}models."
@@ -67,11 +71,15 @@ def refuse_own(model: nn.Module, what: str, instead: str) -> None:
     """
     unwrap: Any = getattr(model, "get_base_model", None)  # a PeftModel's
     base = model if unwrap is None else unwrap()
-    if is_own_model(base):
-        raise TypeError(
-            f"{what}: expected a model with dot-product attention, or one converted from it, got "
-            f"{type(base).__name__}, which is gravity by construction. {instead}"
-        )
+    if not is_own_model(base):
+        return
+    kind = "is gravity by construction"
+    if is_twin(base.config):
+        kind, instead = "is the twin of an NGT", "Take config.attention='gravity' for gravity"
+    raise TypeError(
+        f"{what}: expected a model with dot-product attention, or one converted from it, got "
+        f"{type(base).__name__}, which {kind}. {instead}"
+    )
 
 
 def why_no_text(config: PreTrainedConfig) -> str | None:
@@ -87,15 +95,23 @@ def why_no_text(config: PreTrainedConfig) -> str | None:
 
 
 def own_gravity_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What makes a model of our own gravitational: `G`, the maps to masses, and the positions.
+    """What makes a model of our own gravitational, and is no map between vectors: the constants of
+    its heads, and what `own_tables` yields.
 
-    Of published modules on their own, too. Under peft every copy counts. A parameter may come more
-    than once.
+    Of LGT and the tri-model `G` and the maps to masses; of NGT strengths, softenings, radii,
+    exponents, fadings and biases. Of published modules on their own, too. Under peft every copy
+    counts. A parameter may come more than once.
     """
+    yield from own_constants(model)
+    yield from own_tables(model)
+
+
+def own_constants(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Of heads: a few numbers for each; see `own_gravity_parameters`."""
     for module in model.modules():
-        if isinstance(module, _POSITIONS):
+        if _has_own(module, "gamma"):
             yield from module.parameters()
-        elif "G" in module._parameters and type(module).__module__.startswith(_LIBRARY):
+        elif _has_own(module, "G"):
             masses = [module._modules[name] for name in _MASSES if name in module._modules]
             if not masses:
                 yield from module.parameters()
@@ -105,15 +121,36 @@ def own_gravity_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
                 yield from mass.parameters()  # type: ignore[union-attr]
 
 
+def own_tables(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Masses of token types and places of positions: a row for each."""
+    for module in model.modules():
+        if isinstance(module, _POSITIONS) or _is_table(module):
+            yield from module.parameters()
+
+
 def own_attention_names(model: nn.Module) -> tuple[str, ...]:
     """The attention modules with gravity of their own, by name."""
-    found = model.named_modules()
-    return tuple(name for name, m in found if hasattr(m._modules.get("gravity"), "G"))
+    found = ((name, module._modules.get("gravity")) for name, module in model.named_modules())
+    return tuple(name for name, own in found if hasattr(own, "G") or hasattr(own, "gamma"))
+
+
+def other_attention_names(model: nn.Module) -> tuple[str, ...]:
+    """The attention modules of such a model that take dot products: the tri-model's fusion, all of
+    a twin."""
+    config = getattr(model, "config", None)
+    names = ("attn",) if config is not None and is_twin(config) else ()
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) or name.rpartition(".")[2] in names
+    )
 
 
 def gravity_in_words(config: PreTrainedConfig) -> tuple[str, ...]:
     """The law, the distance and the cap of such a model, a line each; of several streams, what
-    they share and what each has of its own."""
+    they share and what each has of its own; of a twin, that it has none."""
+    if config.model_type == NGT:
+        return ngt_in_words(config)
     streams = getattr(config, "streams", None)
     sight = "causal" if config.is_causal else "sees both ways"
     law = "softmax over forces"
@@ -134,6 +171,9 @@ def gravity_in_words(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def sizes_in_words(config: PreTrainedConfig) -> str:
+    """Layers, heads, width, and what can be read."""
+    if config.model_type == NGT:
+        return ngt_sizes_in_words(config)
     sizes = f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, width "
     if config.vocab_size is None:
         inputs = "continuous inputs"
@@ -141,6 +181,16 @@ def sizes_in_words(config: PreTrainedConfig) -> str:
         inputs = f"vocabulary {config.vocab_size}, {config.max_position_embeddings} positions"
     each = " in each stream" if getattr(config, "streams", None) is not None else ""
     return f"{sizes}{config.hidden_size}{each}, {inputs}"
+
+
+def _has_own(module: nn.Module, name: str) -> bool:
+    """Whether a module of this library has a parameter of this name."""
+    return name in module._parameters and type(module).__module__.startswith(_LIBRARY)
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Masses or places, one row each: embeddings that stay float32."""
+    return isinstance(module, Float32) and isinstance(module, nn.Embedding)
 
 
 def _cap(max_force: float | None, kind: str) -> str:

@@ -35,6 +35,7 @@ from .implementations import ATTENTION_NAME, configs_of, name_gravity, restore_a
 from .own_models import (
     gravity_in_words,
     is_own_model,
+    other_attention_names,
     own_attention_names,
     own_gravity_parameters,
     refuse_own,
@@ -61,10 +62,11 @@ class GravityStatus:
     choice or because they compute attention on their own; `implementation`: what computes gravity
     where the model is now, `reason`: why that; `parameters`: added numbers.
 
-    Of a model that is gravity by construction (LGT, the tri-model) nothing is patched and `config`
-    is None: `own` says its sizes, law, distance and cap, a line each; `layers` are all of its
-    attention modules, `skipped` what else attends (the tri-model's fusion), `parameters` all
-    numbers in its gravity, positions included. `own` is empty for hosts.
+    Of a model that is gravity by construction (LGT, the tri-model, NGT) nothing is patched and
+    `config` is None: `own` says its sizes, law, distance and cap, a line each; `layers` are all of
+    its attention modules, `skipped` what else attends (the tri-model's fusion), `parameters` all
+    numbers in its gravity, positions included. A twin of an NGT has no gravity: `layers` is empty.
+    `own` is empty for hosts.
     """
 
     patched: bool
@@ -80,7 +82,7 @@ class GravityStatus:
     @property
     def is_gravity(self) -> bool:
         """Whether attention is gravity: patched in, or by construction."""
-        return self.patched or bool(self.own)
+        return self.patched or bool(self.own and self.layers)
 
     def __str__(self) -> str:
         if self.own:
@@ -99,10 +101,13 @@ class GravityStatus:
         return "\n".join(lines)
 
     def _own_lines(self) -> list[str]:
+        what = f"gravity by construction in {len(self.layers)} attention modules"
+        if not self.layers:
+            what = "no gravity"
         lines = [
-            f"{self.model}: gravity by construction in {len(self.layers)} attention modules",
+            f"{self.model}: {what}",
             *(f"  {line}" for line in self.own),
-            f"  {self.parameters} numbers in G, mass projections and positions",
+            f"  {self.parameters} numbers in the constants of gravity, in masses and in positions",
             f"  implementation {self.implementation}: {self.reason}",
         ]
         if self.skipped:
@@ -226,13 +231,15 @@ def _status_of_own(model: PreTrainedModel) -> GravityStatus:
     own = {id(parameter) for parameter in own_gravity_parameters(model)}
     # Under peft the frozen originals stand beside the copies in force.
     counted = (p for n, p in model.named_parameters() if ".original_module." not in n)
-    others = (n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
+    layers = own_attention_names(model)
+    if not layers:
+        implementation, reason = "sdpa", "dot products have PyTorch's own"
     return GravityStatus(
         patched=False,
         model=type(model).__name__,
         config=None,
-        layers=own_attention_names(model),
-        skipped=tuple(others),
+        layers=layers,
+        skipped=other_attention_names(model),
         implementation=implementation,
         parameters=sum(p.numel() for p in counted if id(p) in own),
         reason=reason,

@@ -1,13 +1,12 @@
-"""Reading published Lightweight Gravitational Transformers, and writing them as model folders."""
+"""Reading published models, without running what is in their files, and writing model folders."""
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,10 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _STATE_KEY = "model_state_dict"
 _WRAPPERS = ("module.", "_orig_mod.")
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_HEAD = re.compile(r"attn\.heads\.(\d+)\.(G|mass_proj\.weight)")
-_RENAMED = {"ffn.0": "fc1", "ffn.3": "fc2", "norm1": "norm1", "norm2": "norm2"}
 _QUANTISED = "_packed_params"
 _NAMED_AT_MOST = 6
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -46,31 +42,52 @@ def read_published(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
             `check_weights` refuses.
     """
     file = Path(path)
-    if not file.is_file():
-        found = "a folder" if file.is_dir() else "no such file"
-        raise ValueError(f"{file}: expected a checkpoint file, got {found}. Check the path")
-    content = _load(file)
+    content = read_content(file)
     metadata: Any = {}
     if isinstance(content, dict) and _STATE_KEY in content:
         metadata = content.get("metadata") or {}
         content = content[_STATE_KEY]
-    if not isinstance(content, Mapping) or not isinstance(metadata, dict):
-        raise ValueError(
-            f"{file}: expected a state dict, or a dict with one under {_STATE_KEY!r}, got a "
-            f"{type(content).__name__}. Save model.state_dict() with torch.save"
-        )
-    quantised = metadata.get("quantize") == "int8" or any(_QUANTISED in str(k) for k in content)
-    if quantised:
-        raise ValueError(
-            f"{file}: expected float weights, got an int8 model, whose layers hold packed "
-            "integers. Export it with quantize='none', convert that, and quantise the result"
-        )
+    if not isinstance(metadata, dict):
+        raise _no_state(file, metadata, _STATE_KEY)
+    if metadata.get("quantize") == "int8":
+        raise _is_quantised(file)
+    return weights_in(content, file, _STATE_KEY), metadata
+
+
+def read_content(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` or safetensors wrote, tensors on the CPU; code in the file is never run.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one that holds code.
+    """
+    file = Path(path)
+    if not file.is_file():
+        found = "a folder" if file.is_dir() else "no such file"
+        raise ValueError(f"{file}: expected a checkpoint file, got {found}. Check the path")
+    return _load(file)
+
+
+def weights_in(content: Any, file: Path, state_key: str) -> dict[str, Tensor]:
+    """A state dict that was read, half precision as float32, without prefixes of wrappers.
+
+    Args:
+        content: the state dict.
+        file: where it is from, for errors.
+        state_key: under which name of a dict it would have been found, too.
+
+    Raises:
+        ValueError: something else, a quantised model, or weights that `check_weights` refuses.
+    """
+    if not isinstance(content, Mapping):
+        raise _no_state(file, content, state_key)
+    if any(_QUANTISED in str(k) for k in content):
+        raise _is_quantised(file)
     strange = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
     if strange or not content:
-        got = f"other things under {_some(strange)}" if strange else "nothing"
+        got = f"other things under {some_of(strange)}" if strange else "nothing"
         raise ValueError(f"{file}: expected tensors by name, got {got}. Save model.state_dict()")
     check_weights(content, str(file))
-    return {_unwrapped(key): _readable(value) for key, value in content.items()}, metadata
+    return {_unwrapped(key): _readable(value) for key, value in content.items()}
 
 
 def check_weights(state: Mapping[str, Tensor], source: str = "checkpoint") -> None:
@@ -122,94 +139,6 @@ def rows_of(state: Mapping[str, Tensor], key: str) -> int | None:
     return None if matrix is None else matrix.shape[0]
 
 
-def core_state(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The weights of a published LGT without its embedding and head, under `LGTModel`'s names.
-
-    `heads.*.G` are stacked, `heads.*.mass_proj.weight` joined; `token_mass`, which the published
-    forward never reads, is left out. Unknown names are kept as they are: a strict load names them.
-
-    Args:
-        state: published names.
-        prefix: of the model's names in `state`, such as `"world_model."`; others are left out.
-    """
-    named: dict[str, Tensor] = {}
-    heads: dict[str, dict[int, Tensor]] = {}
-    for full, tensor in state.items():
-        if not full.startswith(prefix):
-            continue
-        key = full.removeprefix(prefix)
-        layer = _LAYER.fullmatch(key)
-        if layer is None:
-            named[re.sub(r"^final_norm\.", "norm.", key)] = tensor
-            continue
-        index, rest = layer.groups()
-        head = _HEAD.fullmatch(rest)
-        if head is not None:
-            name = f"layers.{index}.attn.gravity.{head[2]}"
-            heads.setdefault(name, {})[int(head[1])] = tensor
-        elif rest != "token_mass":
-            part, _, kind = rest.rpartition(".")
-            named[f"layers.{index}.{_RENAMED.get(part, part)}.{kind}"] = tensor
-    for name, parts in heads.items():
-        if sorted(parts) != list(range(len(parts))):
-            raise ValueError(
-                f"{prefix}{name}: expected heads 0 to {len(parts) - 1}, got {sorted(parts)}. The "
-                "checkpoint is incomplete"
-            )
-        rows = [parts[i].reshape(1, -1) for i in range(len(parts))]
-        widths = sorted({row.shape[1] for row in rows})
-        if len(widths) > 1:
-            raise ValueError(
-                f"{prefix}{name}: expected heads of one width, got {widths}. The checkpoint is "
-                "damaged"
-            )
-        joined = torch.cat(rows)
-        named[name] = joined.flatten() if name.endswith(".G") else joined
-    return named
-
-
-def core_sizes(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
-    """What the weights of a published LGT say about its config, by the names of `LGTConfig`.
-
-    They do not say the curvature of attention, event horizon, ceiling and dropout.
-
-    Raises:
-        ValueError: `state` is not that of such a model.
-    """
-    layers = _count(state, rf"{re.escape(prefix)}layers\.(\d+)\.")
-    heads = _count(state, rf"{re.escape(prefix)}layers\.0\.attn\.heads\.(\d+)\.")
-    curved = state.get(f"{prefix}pos_embedding.positions")
-    fractal = state.get(f"{prefix}pos_embedding.basis")
-    norm, inner = state.get(f"{prefix}final_norm.weight"), f"{prefix}layers.0.ffn.0.weight"
-    table = fractal if curved is None else curved
-    if table is None or norm is None or not layers or not heads or inner not in state:
-        raise ValueError(
-            f"expected the weights of a published LGT ({prefix}layers.0.attn.heads.0.G, "
-            f"{prefix}pos_embedding.positions or .basis, {prefix}final_norm.weight, ...), got "
-            f"{_some(state)}. Check that the file holds such a model"
-        )
-    dims = (table.dim(), norm.dim(), state[inner].dim())
-    if dims != (2, 1, 2) or not norm.numel():
-        shapes = [list(x.shape) for x in (table, norm, state[inner])]
-        raise ValueError(
-            f"expected positions [T, P], {prefix}final_norm.weight [d] and {inner} [n, d], got "
-            f"{shapes}. The checkpoint is damaged"
-        )
-    width = norm.shape[0]
-    sizes: dict[str, Any] = {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "max_position_embeddings": table.shape[0],
-        "dim_position": table.shape[1],
-        "ff_expansion": _expansion(state[inner].shape[0], width),
-        "position_type": "fractal" if curved is None else "curved",
-    }
-    if curved is None:
-        sizes["learnable_residual"] = f"{prefix}pos_embedding.residual" in state
-    return sizes
-
-
 def load_strictly(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     """Give `model` every weight of `state`, which must be exactly its own, names and shapes.
 
@@ -227,9 +156,16 @@ def load_strictly(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     if problems:
         raise ValueError(
             f"checkpoint: expected exactly the weights of {type(model).__name__}, got "
-            f"{_some(problems)}. Check the arguments that describe the model"
+            f"{some_of(problems)}. Check the arguments that describe the model"
         )
     model.load_state_dict(dict(state), strict=True)
+
+
+def some_of(items: Iterable[str]) -> str:
+    """A few names, and how many more there are."""
+    names = list(items)
+    more = f" and {len(names) - _NAMED_AT_MOST} more" if names[_NAMED_AT_MOST:] else ""
+    return (", ".join(names[:_NAMED_AT_MOST]) or "nothing") + more
 
 
 def check_target(target: str | os.PathLike[str]) -> Path:
@@ -251,13 +187,19 @@ def check_target(target: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def write_folder(model: PreTrainedModel, target: str | os.PathLike[str]) -> Path:
-    """`model.save_pretrained(target)`, whole or not at all; `target` as `check_target` wants it."""
+def write_folder(
+    model: PreTrainedModel,
+    target: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """`save_pretrained(target)` of both, whole or not at all; `target` as `check_target` wants."""
     folder = check_target(target)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as room:
         building = Path(room, "new")
         model.save_pretrained(building)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(building)
         if folder.is_dir():
             folder.rmdir()
         building.rename(folder)
@@ -277,16 +219,24 @@ def _load(file: Path) -> Any:
         ) from error
 
 
+def _no_state(file: Path, got: Any, state_key: str) -> ValueError:
+    return ValueError(
+        f"{file}: expected a state dict, or a dict with one under {state_key!r}, got a "
+        f"{type(got).__name__}. Save model.state_dict() with torch.save"
+    )
+
+
+def _is_quantised(file: Path) -> ValueError:
+    return ValueError(
+        f"{file}: expected float weights, got an int8 model, whose layers hold packed integers. "
+        "Export it with quantize='none', convert that, and quantise the result"
+    )
+
+
 def _first(error: Exception) -> str:
     """The first sentence: torch goes on to recommend running the file's code."""
     said = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0]
     return f"{type(error).__name__}: {said}"
-
-
-def _expansion(inner: int, width: int) -> float:
-    """The ratio from which `int(width * ratio)` gives `inner` again."""
-    ratio = inner / width
-    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 def _unwrapped(key: str) -> str:
@@ -297,14 +247,3 @@ def _unwrapped(key: str) -> str:
 
 def _readable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    found = (re.match(pattern, key) for key in state)
-    return len({match[1] for match in found if match})
-
-
-def _some(items: Any) -> str:
-    names = list(items)
-    more = f" and {len(names) - _NAMED_AT_MOST} more" if names[_NAMED_AT_MOST:] else ""
-    return ", ".join(names[:_NAMED_AT_MOST]) + more

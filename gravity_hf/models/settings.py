@@ -37,7 +37,9 @@ def settle_names(config: PreTrainedConfig, given: Mapping[str, Any]) -> dict[str
     """
     left = dict(given)
     name = type(config).__name__
-    known = {*(f.name for f in fields(config)), *config.attribute_map, FRACTAL}
+    known = {*(f.name for f in fields(config)), *config.attribute_map}
+    if "position_type" in known:
+        known.add(FRACTAL)
     unknown = [key for key in left if key not in known and not _is_of_transformers(key)]
     if unknown and config.transformers_version is None:
         near = difflib.get_close_matches(unknown[0], sorted(known))
@@ -47,7 +49,7 @@ def settle_names(config: PreTrainedConfig, given: Mapping[str, Any]) -> dict[str
         _logger.warning("%s: the saved config holds unknown settings: %s", name, unknown)
     own = {key: config.attribute_map[key] for key in left if key in config.attribute_map}
     values = {alias: left[alias] for alias in own}
-    fractal = left.pop(FRACTAL, None)
+    fractal = left.pop(FRACTAL, None) if FRACTAL in known else None
     if fractal is not None:
         own[FRACTAL], values[FRACTAL] = "position_type", "fractal" if fractal else "curved"
     defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}

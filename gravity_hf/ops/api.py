@@ -28,6 +28,7 @@ def gravity_attention(
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    log_key_mass: Tensor | None = None,
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
@@ -60,7 +61,8 @@ def gravity_attention(
         q: queries `[B, H, Tq, D]`; None with `inverse_distance`.
         k: keys `[B, Hkv, Tk, D]`; `H` is a multiple of `Hkv`, consecutive query heads share one.
             None with `inverse_distance`.
-        v: values `[B, Hkv, Tk, Dv]`.
+        v: values `[B, Hkv, Tk, Dv]` in the dtype of q and k, or in bfloat16 or float16 where those
+            are float32: distances keep all their digits, in a model of half precision, too.
         mass: `M` `[H]`, not negative.
         eps: softening in units of squared distance, a number or `[H]`; positive, or with a
             curvature not negative. None with `inverse_distance`.
@@ -69,6 +71,8 @@ def gravity_attention(
             |k_j|^2`.
         query_mass: `a` `[B, H, Tq]`, force law only (under the power law it would cancel).
         key_mass: `b` `[B, H, Tk]`; positive under the power law.
+        log_key_mass: `ln b` `[B, H, Tk]` in place of `key_mass`, under the power law: for masses
+            whose ratios leave the range of numbers, such as those that fade with distance in time.
         head_bias: `beta` `[H]`, added to the force before the tokens' masses; force law only.
         repulsive: the force is `-M^2 / (d^2 + eps)`: what is near is avoided. Force law only.
         cutoff: a radius per head; see `gravity_hf.ops.cutoff.Cutoff`.
@@ -119,6 +123,7 @@ def gravity_attention(
         "key_radius_sq": key_radius_sq,
         "query_mass": query_mass,
         "key_mass": key_mass,
+        "log_key_mass": log_key_mass,
         "head_bias": head_bias,
         "repulsive": repulsive,
         "cutoff": cutoff,
@@ -167,8 +172,7 @@ def choose_implementation(
     """
     if torch.compiler.is_exporting():
         return "reference"
-    width = max(v.shape[3], 0 if q is None else q.shape[3])
-    name, _ = _explain(v.device, v.dtype, options["mask"], width, options["softcap"])
+    name, _ = _explain(v.device, v.dtype, *_of_call(q, v, options))
     if v.numel() == 0 or (q is not None and q.numel() == 0):
         return "chunked"
     if name == "flex" and (
@@ -183,8 +187,16 @@ def choose_implementation(
 def explain_implementation(
     device: torch.device | str, dtype: torch.dtype, softcap: float | None = None
 ) -> tuple[str, str]:
-    """What `impl="auto"` chooses on a device for inputs of a dtype, and why, in words."""
-    return _explain(torch.device(device), dtype, None, 0, softcap)
+    """What `impl="auto"` chooses on a device for values of a dtype, and why, in words."""
+    return _explain(torch.device(device), dtype, None, 0, softcap, None)
+
+
+def _of_call(q: Tensor | None, v: Tensor, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What triton is asked about a call: the mask, the width of its heads, the softcap, and the
+    dtype of its vectors."""
+    if q is None:
+        return options["mask"], v.shape[3], options["softcap"], None
+    return options["mask"], max(v.shape[3], q.shape[3]), options["softcap"], q.dtype
 
 
 def _explain(
@@ -193,6 +205,7 @@ def _explain(
     mask: Tensor | None,
     width: int,
     softcap: float | None,
+    vectors: torch.dtype | None,
 ) -> tuple[str, str]:
     if device.type != "cuda":
         return "chunked", f"the device is {device.type}, and triton and flex are for CUDA"
@@ -206,7 +219,7 @@ def _explain(
         )
     from .triton import triton_refusal
 
-    refusal = triton_refusal(device, dtype, mask, width, softcap)
+    refusal = triton_refusal(device, dtype, mask, width, softcap, vectors)
     if refusal is None:
         return "triton", f"CUDA, {dtype}, and triton is importable"
     if dtype in (torch.bfloat16, torch.float16):
@@ -221,8 +234,7 @@ def _triton(
     # Imported here: `import gravity_hf` must not import triton.
     from .triton import gravity_attention_triton, triton_refusal
 
-    width = max(v.shape[3], 0 if q is None else q.shape[3])
-    refusal = triton_refusal(v.device, v.dtype, options["mask"], width, options["softcap"])
+    refusal = triton_refusal(v.device, v.dtype, *_of_call(q, v, options))
     if refusal is not None:
         raise ValueError(
             f"gravity_attention: impl='triton' cannot serve this call: {refusal}. Use impl='auto' "

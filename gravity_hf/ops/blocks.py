@@ -35,15 +35,21 @@ class Sizes(NamedTuple):
 class Window(NamedTuple):
     """The keys that rows of a block can see.
 
-    `bias` `[b|1, n|1, G|1, rows|1, keys|1]` is added to the score columns `bias_keys` (counted from
-    `keys.start`), with -inf for hidden. `dead` rows `[b|1, n|1, G|1, rows|1, 1]` see nothing; their
-    bias is 0, so that their softmax is finite.
+    `bias` `[b|1, n|1, G|1, rows|1, keys|1]` is added to the score columns `bias_keys`, with -inf
+    for hidden. `dead` rows `[b|1, n|1, G|1, rows|1, 1]` see nothing; their bias is 0, so that their
+    softmax is finite. `index`, int64 and rising: of the keys these alone.
     """
 
     keys: slice
     bias: Tensor | None = None
     bias_keys: slice = slice(0, 0)
     dead: Tensor | None = None
+    index: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Of the keys."""
+        return self.keys.stop - self.keys.start if self.index is None else self.index.shape[0]
 
 
 class Block(NamedTuple):

@@ -12,9 +12,11 @@ from torch import Tensor
 from .blocks import Block, cut, mask_5d
 from .precision import exact_products
 from .problem import Problem, stack
-from .scores import block_scores, differentiate_scores
+from .score_gradients import differentiate_scores
+from .scores import block_scores
 from .sinks import differentiate_sink
 from .softcap import add_neutral, differentiate_softcap
+from .space import Space
 
 # Fields of `Problem` that get a gradient, in the order of the operator's results.
 DIFFERENTIABLE = (
@@ -35,10 +37,10 @@ DIFFERENTIABLE = (
 def attention_forward(problem: Problem) -> Tensor:
     """Output `[B, H, Tq, Dv]`."""
     output = problem.per_query(problem.v.shape[3])
-    generator = problem.generator()
+    generator, space = problem.generator(), Space(problem.v)
     with exact_products(problem.v.device):
         for block in problem.blocks():
-            scores = block_scores(problem, block, differentiable=False)
+            scores = block_scores(problem, block, space, differentiable=False)
             weights = scores.weights
             if problem.dropout_p > 0:
                 weights.mul_(problem.keep(weights, generator))
@@ -53,22 +55,23 @@ def attention_forward(problem: Problem) -> Tensor:
 def attention_backward(grad: Tensor, problem: Problem, mask_needs_grad: bool) -> list[Tensor]:
     """Gradients of the fields `DIFFERENTIABLE`; empty where there is nothing."""
     grads = _zeros(problem, mask_needs_grad)
-    generator = problem.generator()
+    generator, space = problem.generator(), Space(problem.v)
     with exact_products(problem.v.device):
         for block in problem.blocks():
-            scores = block_scores(problem, block, differentiable=True)
+            scores = block_scores(problem, block, space, differentiable=True)
             weights = scores.weights
             grad_out = problem.rows_of(grad, block)
             if scores.dead is not None:
                 grad_out = grad_out.masked_fill(scores.dead, 0.0)
             grad_out = stack(grad_out)
-            grad_s = torch.bmm(grad_out, problem.keys_of(problem.v, block).mT).view(weights.shape)
+            grad_s = space.take("gradient", weights.shape)
+            torch.bmm(grad_out, problem.keys_of(problem.v, block).mT, out=stack(grad_s))
             kept = weights
             if problem.dropout_p > 0:
                 keep = problem.keep(weights, generator)
                 kept = keep * weights
                 grad_s.mul_(keep)
-            problem.keys_of(grads["v"], block).baddbmm_(stack(kept).mT, grad_out)
+            problem.add_to_keys(grads["v"], block, stack(kept).mT, grad_out)
             if problem.sink is not None:
                 part = differentiate_sink(weights, scores.sink_weight, grad_s)
                 problem.rows_of(grads["sink"], block).copy_(part)
@@ -96,7 +99,7 @@ def _through_product(
     """Gradients of q' and k' from `grad * turn`, that of their product."""
     queries = problem.rows_of(problem.q, block)
     turned = stack(queries if turn is None else queries * turn)
-    problem.keys_of(grads["k"], block).baddbmm_(stack(grad).mT, turned)
+    problem.add_to_keys(grads["k"], block, stack(grad).mT, turned)
     part = problem.rows_of(grads["q"], block)
     result = torch.bmm(stack(grad), problem.keys_of(problem.k, block)).view(part.shape)
     # Ones in k' make the last column a row sum, of terms that nearly cancel: a reduction loses
@@ -125,7 +128,7 @@ def _results(problem: Problem, grads: dict[str, Tensor]) -> list[Tensor]:
     for name in DIFFERENTIABLE:
         value, grad = getattr(problem, name), grads.get(name)
         if grad is None:
-            results.append(problem.v.new_zeros(0))
+            results.append(problem.v.new_empty(0))
         else:
             results.append(grad.sum_to_size(value.shape).to(value.dtype))
     return results

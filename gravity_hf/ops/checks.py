@@ -20,10 +20,12 @@ from .cutoff import Cutoff
 # Terms that have no meaning under the power law; under it the queries' masses would cancel.
 _FORCE_ONLY = ("query_mass", "head_bias", "repulsive", "max_force")
 FORCE_CAPS = ("clamp", "tanh")
+_HALF = (torch.bfloat16, torch.float16)
 # What a patched host never has; beside it a neutral score or a key at the origin is not defined.
 _WITHOUT_HOST_TERMS = (
     "query_mass",
     "key_mass",
+    "log_key_mass",
     "head_bias",
     "repulsive",
     "cutoff",
@@ -79,7 +81,8 @@ def _check_vectors(
         _refuse("q" if q is None else "k", "a tensor [B, H, T, D]", got)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _expect_values(name, tensor)
-        _expect(tensor.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", tensor.dtype)
+    _expect(k.dtype == q.dtype, "k", f"the dtype of q, {q.dtype}", k.dtype)
+    _check_values_dtype(q.dtype, v.dtype)
     batch, heads, queries, width = q.shape
     _, kv_heads, keys, _ = k.shape
     fits = k.shape[0] == batch and k.shape[3] == width and heads % kv_heads == 0
@@ -97,6 +100,16 @@ def _check_vectors(
     else:
         _expect(eps is not None and eps >= 0, "eps", "a number >= 0 or [H]", eps)
     return _Sizes(batch, heads, kv_heads, queries, keys)
+
+
+def _check_values_dtype(vectors: torch.dtype, values: torch.dtype) -> None:
+    """float32 vectors may come with values in half precision, for distances need more digits."""
+    if vectors == values or (vectors == torch.float32 and values in _HALF):
+        return
+    expected = f"the dtype of q, {vectors}"
+    if vectors == torch.float32:
+        expected += f", or {' or '.join(map(str, _HALF))}"
+    _refuse("v", expected, values)
 
 
 def _check_table(
@@ -128,6 +141,7 @@ def _check_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
         "key_radius_sq": ((sizes.kv_heads,), f"[{sizes.kv_heads}]"),
         "query_mass": ((sizes.batch, sizes.heads, sizes.queries), "[B, H, Tq]"),
         "key_mass": ((sizes.batch, sizes.heads, sizes.keys), "[B, H, Tk]"),
+        "log_key_mass": ((sizes.batch, sizes.heads, sizes.keys), "[B, H, Tk]"),
         "head_bias": (per_head, f"[{sizes.heads}]"),
     }
     for name, (shape, words) in shapes.items():
@@ -138,6 +152,11 @@ def _check_terms(sizes: _Sizes, options: Mapping[str, Any]) -> None:
         for name in _FORCE_ONLY:
             fits = not _given(options, name)
             _expect(fits, name, "law='force', which alone has it", options["law"])
+    logs = options["log_key_mass"]
+    if logs is not None:
+        _expect(options["law"] == "power", "log_key_mass", "law='power'", options["law"])
+        both = options["key_mass"] is not None
+        _expect(not both, "log_key_mass", "no key_mass beside it", "both: give one of them")
     limit = options["max_force"]
     if limit is not None:
         finite = not isinstance(limit, bool) and -math.inf < limit < math.inf

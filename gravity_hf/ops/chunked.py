@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import registry  # noqa: F401  (registers torch.ops.gravity_hf.attention)
 from .blockwise import attention_forward
 from .curvature import Curvature
 from .cutoff import Cutoff
 from .problem import DecodingProblem
 from .reference import compute_dtype
+from .registry import attention
 from .shared_op import shared_attention
 
 # Up to this many queries per key head, reading the keys costs more than the scores do, and
@@ -36,6 +36,7 @@ def gravity_attention_chunked(
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    log_key_mass: Tensor | None = None,
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
@@ -58,7 +59,13 @@ def gravity_attention_chunked(
     floating tensor, a float mask and the cutoff's radius included.
     """
     dtype, out_dtype = compute_dtype(v.dtype), v.dtype
-    plain = head_bias is None and cutoff is None and softcap is None and sinks is None
+    plain = (
+        head_bias is None
+        and log_key_mass is None
+        and cutoff is None
+        and softcap is None
+        and sinks is None
+    )
     plain = plain and key_radius_sq is None and dropout_p == 0
     plain = plain and not (mask is not None and mask.requires_grad)
     if plain and (inverse_distance is not None or _share_distances(q, k, eps, curvature)):
@@ -80,6 +87,7 @@ def gravity_attention_chunked(
         strength = strength * query_mass
         offset = None if offset is None else offset * query_mass
     key_term = key_mass.log() if key_mass is not None and law == "power" else key_mass
+    key_term = key_term if log_key_mass is None else log_key_mass.to(dtype)
     radius_sq = None if radius is None else radius.square()
     # Drawn from torch's own generator: manual_seed and checkpointing's replay reach the dropout.
     seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
@@ -97,7 +105,7 @@ def gravity_attention_chunked(
     # A cutoff and a curvature need the distance without eps.
     softening = eps if cutoff is None and curvature is None else None
     if q is None:
-        output = torch.ops.gravity_hf.attention(None, None, *arguments)
+        output = attention(None, None, *arguments)
     elif _is_decoding(q, k, *arguments):
         query_term = _query_term(q, k, softening, key_radius_sq)
         if key_radius_sq is None:
@@ -107,7 +115,7 @@ def gravity_attention_chunked(
         output = attention_forward(DecodingProblem(q, k, *arguments, query_term, kappa))
     else:
         augmented = augment(q, k, softening, key_radius_sq)
-        output = torch.ops.gravity_hf.attention(*augmented, *arguments)
+        output = attention(*augmented, *arguments)
     return output.to(out_dtype)
 
 

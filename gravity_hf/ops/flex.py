@@ -47,6 +47,7 @@ def gravity_attention_flex(
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    log_key_mass: Tensor | None = None,
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
@@ -105,6 +106,8 @@ def gravity_attention_flex(
         strength = strength * query_mass.float()
     if key_mass is not None:
         key_mass = key_mass.float().log() if law == "power" else key_mass.float()
+    if log_key_mass is not None:
+        key_mass = log_key_mass.detach().float()
     allowed, bias = (None, None) if mask is None else split_mask(mask)
     if mask is not None:
         allowed = allowed[(None,) * (4 - mask.dim())]
@@ -148,6 +151,8 @@ def flex_refusal(
         return "inputs without gradient, got one that requires it: call it under torch.no_grad()"
     if options["dropout_p"] != 0:
         return f"dropout_p = 0, got {options['dropout_p']}: call it with dropout_p=0"
+    if q is not None and q.dtype != v.dtype:
+        return f"q, k and v of one dtype, got {q.dtype} and {v.dtype}: convert one of them"
     if v.dtype == torch.float64:
         return "float32, bfloat16 or float16, got torch.float64: convert the inputs"
     table = options.get("inverse_distance")

@@ -7,6 +7,7 @@ squared distance itself (`chunked.augment`); the last column of `k'` is ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from .blocks import Block, Sizes, cut, iterate_blocks, mask_5d
 from .curvature import Curvature
 from .intervals import Intervals
+from .near_blocks import near_blocks
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Problem:
         kappa = self.curvature_kappa
         return None if kappa is None else Curvature(kappa, self.horizon)
 
-    @property
+    @functools.cached_property
     def sizes(self) -> Sizes:
         batch, key_heads, keys, _ = self.v.shape
         queries = self.table.shape[2] if self.q is None else self.q.shape[2]
@@ -83,13 +85,35 @@ class Problem:
 
     def keys_of(self, tensor: Tensor, block: Block) -> Tensor:
         """The part of a per-key tensor `[B, N, Tk, ...]` as `[b * n, keys, ...]`; a view, where the
-        tensor is contiguous."""
+        tensor is contiguous and the window has no index."""
+        index = block.window.index
+        if index is not None:
+            return tensor[block.batch, block.heads].index_select(2, index).flatten(0, 1)
         return tensor[block.batch, block.heads, block.window.keys].flatten(0, 1)
+
+    def add_to_keys(self, total: Tensor, block: Block, left: Tensor, right: Tensor) -> None:
+        """`left @ right` `[b * n, keys, x]` to the block's part of `total` `[B, N, Tk, x]`."""
+        index = block.window.index
+        if index is None:
+            self.keys_of(total, block).baddbmm_(left, right)
+            return
+        part = total[block.batch, block.heads]
+        part.index_add_(2, index, torch.bmm(left, right).view(*part.shape[:2], *index.shape, -1))
 
     def key_columns(self, tensor: Tensor, block: Block) -> Tensor:
         """The part of a per-head, per-key tensor `[B, H, Tk]`: `[b, n, G, 1, keys]`."""
-        tensor = tensor.unflatten(1, self.sizes[1:3]).unsqueeze(3)
-        return tensor[block.batch, block.heads, :, :, block.window.keys]
+        tensor = tensor.unflatten(1, self.sizes[1:3]).unsqueeze(3)[block.batch, block.heads]
+        index = block.window.index
+        return tensor[..., block.window.keys] if index is None else tensor[..., index]
+
+    def add_to_columns(self, total: Tensor, block: Block, part: Tensor) -> None:
+        """`part` `[b, n, G, 1, keys]` to the block's part of `total` `[B, H, Tk]`."""
+        index = block.window.index
+        if index is None:
+            self.key_columns(total, block).add_(part)
+            return
+        total = total.unflatten(1, self.sizes[1:3])[block.batch, block.heads]
+        total.index_add_(3, index, part.squeeze(3))
 
     def heads_of(self, tensor: Tensor, block: Block) -> Tensor:
         """The part of a per-head tensor `[H]`: `[1, n, G, 1, 1]`."""
@@ -100,17 +124,34 @@ class Problem:
         part = cut(tensor, block.batch, slice(None), block.rows, block.window.keys)
         return part.unsqueeze(2)
 
-    def own_pairs(self, scores: Tensor, block: Block) -> Tensor:
-        """A view of the scores of the block's queries with the keys at their own positions."""
-        sizes = self.sizes
-        offset = block.rows.start + sizes.keys - sizes.queries - block.window.keys.start
-        return scores.diagonal(offset, -2, -1)
+    def fill_own_pairs(self, scores: Tensor, block: Block, value: float) -> None:
+        """Sets the scores of the block's queries with the keys at their own positions."""
+        sizes, window = self.sizes, block.window
+        first = block.rows.start + sizes.keys - sizes.queries
+        if window.index is None:
+            scores.diagonal(first - window.keys.start, -2, -1).fill_(value)
+            return
+        own = torch.arange(first, first + block.rows.stop - block.rows.start)
+        rows, columns = (own.unsqueeze(1) == window.index).nonzero().unbind(1)
+        scores[..., rows, columns] = value
 
     def blocks(self) -> Iterator[Block]:
         sizes = self.sizes
         mask = None if self.mask is None else mask_5d(self.mask, sizes)
         where = (sizes.queries, sizes.keys, self.causal, self.window, self.key_ranges)
-        return iterate_blocks(sizes, mask, Intervals(*where), self.v.device, self.v.dtype)
+        intervals = Intervals(*where)
+        near = self._near_blocks(intervals) if mask is None and self.cutoff == "hard" else None
+        if near is not None:
+            return near
+        return iterate_blocks(sizes, mask, intervals, self.v.device, self.v.dtype)
+
+    def _near_blocks(self, intervals: Intervals) -> Iterator[Block] | None:
+        # A sphere round lifted keys would have to know what they are lifted by.
+        if self.lifted:
+            return None
+        width = self.q.shape[3] - 2
+        q, k = self.q[..., :width], self.k[..., :width]
+        return near_blocks(self.sizes, intervals, q, k, self.radius_sq.sqrt())
 
     def generator(self) -> torch.Generator | None:
         """Restarted by forward and backward: both draw the same numbers, block after block."""
@@ -123,12 +164,18 @@ class Problem:
         kept = 1.0 - self.dropout_p
         return torch.empty_like(like).bernoulli_(kept, generator=generator).div_(kept)
 
-    def product(self, block: Block) -> Tensor:
-        """`q'k'^T`, not clamped: rounding can leave a distance below 0."""
-        queries = self.rows_of(self.q, block)
-        keys = self.keys_of(self.k, block)
-        product = torch.bmm(stack(queries), keys.mT)
-        return product.view(*queries.shape[:-1], keys.shape[1])
+    def shape(self, block: Block) -> tuple[int, ...]:
+        """Of the block's scores: `[b, n, G, rows, keys]`."""
+        parts = (block.batch, block.heads, block.rows)
+        batch, heads, rows = (part.stop - part.start for part in parts)
+        return batch, heads, self.sizes.groups, rows, block.window.count
+
+    def product(self, block: Block, out: Tensor) -> Tensor:
+        """`q'k'^T` into `out` `[b, n, G, rows, keys]`, which is returned; not clamped: rounding can
+        leave a distance below 0."""
+        queries, keys = self.rows_of(self.q, block), self.keys_of(self.k, block)
+        torch.bmm(stack(queries), keys.mT, out=stack(out))
+        return out
 
     def neutral(self, block: Block) -> Tensor:
         """`|q_i|^2 + kappa_j + eps`, where `q_i.k_j` were 0: `[b, n, G, rows, keys]`, with lifted
@@ -155,12 +202,15 @@ class DecodingProblem(Problem):
     query_term: Tensor
     kappa: Tensor
 
-    def product(self, block: Block) -> Tensor:
+    def product(self, block: Block, out: Tensor) -> Tensor:
         queries = self.rows_of(self.q, block)
         keys, kappa = self.keys_of(self.k, block), self.keys_of(self.kappa, block)
-        product = torch.baddbmm(kappa.mT, stack(queries), keys.mT, alpha=-2.0)
-        product = product.view(*queries.shape[:-1], keys.shape[1])
-        return product.add_(self.rows_of(self.query_term, block))
+        torch.baddbmm(kappa.mT, stack(queries), keys.mT, alpha=-2.0, out=stack(out))
+        return out.add_(self.rows_of(self.query_term, block))
+
+    def _near_blocks(self, intervals: Intervals) -> None:
+        # For few queries the spheres cost what they save.
+        return None
 
     def neutral(self, block: Block) -> Tensor:
         term = self.rows_of(self.query_term, block)

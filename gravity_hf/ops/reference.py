@@ -50,6 +50,7 @@ def gravity_score(
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
     *,
+    log_key_mass: Tensor | None = None,
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
@@ -66,7 +67,7 @@ def gravity_score(
     distance = distance_sq if curvature is None else curvature.distance(distance_sq)
     softened = distance + eps[:, None, None]
     if law == "power":
-        score = power_score(-softened.log(), mass, key_mass)
+        score = power_score(-softened.log(), mass, key_mass, log_key_mass)
     else:
         strength = mass.square()[:, None, None]
         base = (-strength if repulsive else strength) / softened
@@ -98,10 +99,17 @@ def force_score(
     return score.clamp(max=max_force)
 
 
-def power_score(log_inverse: Tensor, mass: Tensor, key_mass: Tensor | None) -> Tensor:
+def power_score(
+    log_inverse: Tensor,
+    mass: Tensor,
+    key_mass: Tensor | None,
+    log_key_mass: Tensor | None = None,
+) -> Tensor:
     """`M^2 ln r_ij + ln b_j`, `r = 1 / (d^2 + eps)`; `log_inverse` is `ln r` `[B, H, Tq, Tk]`."""
     score = mass.square()[:, None, None] * log_inverse
-    return score if key_mass is None else score + key_mass.log().unsqueeze(-2)
+    if log_key_mass is None and key_mass is not None:
+        log_key_mass = key_mass.log()
+    return score if log_key_mass is None else score + log_key_mass.unsqueeze(-2)
 
 
 def neutral_distance(q: Tensor, k: Tensor, key_radius_sq: Tensor | None = None) -> Tensor:
@@ -178,6 +186,7 @@ def gravity_attention_reference(
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    log_key_mass: Tensor | None = None,
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Cutoff | None = None,
@@ -206,6 +215,7 @@ def gravity_attention_reference(
     q, k, v, mass, eps, key_radius_sq, query_mass, key_mass, head_bias, inverse_distance, sinks = (
         None if x is None else x.to(dtype) for x in (*tensors, inverse_distance, sinks)
     )
+    log_key_mass = None if log_key_mass is None else log_key_mass.to(dtype)
     v = v.repeat_interleave(groups, 1)
 
     # Under autocast a product would be rounded to half precision, whatever its operands are.
@@ -214,7 +224,7 @@ def gravity_attention_reference(
         if inverse_distance is not None:
             table = inverse_distance.expand(*v.shape[:2], *inverse_distance.shape[-2:])
             if law == "power":
-                score = power_score(table.log(), mass, key_mass)
+                score = power_score(table.log(), mass, key_mass, log_key_mass)
             else:
                 strength = mass.square()[:, None, None]
                 base = (-strength if repulsive else strength) * table
@@ -231,6 +241,7 @@ def gravity_attention_reference(
                 law,
                 query_mass,
                 key_mass,
+                log_key_mass=log_key_mass,
                 head_bias=head_bias,
                 repulsive=repulsive,
                 cutoff=cutoff,

@@ -1,7 +1,9 @@
 """The operator as torch knows it: schemas, shapes for tracing, and the gradient.
 
-`gravity_hf::attention` works on augmented queries and keys (`chunked.augment`). Being one opaque
-operator it may look at mask values to skip keys, which a traced graph could not.
+Outside tracers `attention` goes round the dispatcher, whose way through Python costs a short
+sequence as much as its attention does. `gravity_hf::attention` works on augmented queries and keys
+(`chunked.augment`). Being one opaque operator it may look at mask values to skip keys, which a
+traced graph could not.
 """
 
 from __future__ import annotations
@@ -29,6 +31,35 @@ torch.library.define(
     "gravity_hf::attention_backward",
     f"(Tensor grad, {_ARGUMENTS}, bool mask_needs_grad) -> ({', '.join(['Tensor'] * _COUNT)})",
 )
+
+
+def attention(*arguments: object) -> Tensor:
+    """`arguments`: the fields of `Problem`. Output `[B, H, Tq, Dv]`."""
+    tensors = [x for x in arguments[:_TENSORS] if x is not None]
+    if torch.compiler.is_compiling() or not all(is_plain(x) for x in tensors):
+        return torch.ops.gravity_hf.attention(*arguments)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _Attention.apply(*arguments)
+    return attention_forward(Problem(*arguments))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Real memory, and nobody in between who looks for operators."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: object) -> Tensor:
+        return attention_forward(Problem(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor):
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+        return _gradient(ctx, grad)
 
 
 # "default": plain torch inside, so one implementation serves every device.
@@ -68,9 +99,12 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 
 def _gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:_COUNT]
-    results = torch.ops.gravity_hf.attention_backward(
-        grad, *ctx.saved_tensors, *ctx.options, needed[DIFFERENTIABLE.index("mask")]
-    )
+    arguments = (*ctx.saved_tensors, *ctx.options)
+    of_mask = needed[DIFFERENTIABLE.index("mask")]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(grad):
+        results = torch.ops.gravity_hf.attention_backward(grad, *arguments, of_mask)
+    else:
+        results = attention_backward(grad, Problem(*arguments), of_mask)
     results = [result if need else None for result, need in zip(results, needed, strict=True)]
     return (*results, *[None] * (_ALL - _COUNT))
 

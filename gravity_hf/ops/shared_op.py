@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .registry import no_second_gradient
+from .registry import is_plain, no_second_gradient
 from .shared import SharedProblem
 from .tables import DIFFERENTIABLE, output_of, room_of, shared_backward, shared_forward
 
@@ -33,16 +33,11 @@ torch.library.define(
 def shared_attention(*arguments: object) -> Tensor:
     """`arguments`: the fields of `SharedProblem`. Output `[B, H, Tq, Dv]`."""
     tensors = [x for x in arguments[:_TENSORS] if x is not None]
-    if torch.compiler.is_compiling() or not all(_is_plain(x) for x in tensors):
+    if torch.compiler.is_compiling() or not all(is_plain(x) for x in tensors):
         return torch.ops.gravity_hf.shared_attention(*arguments)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _Shared.apply(*arguments)
     return shared_forward(SharedProblem(*arguments))
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Real memory, and nobody in between who looks for operators."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 
 
 class _Shared(torch.autograd.Function):
@@ -94,7 +89,7 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 def _gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     arguments = (*ctx.saved_tensors, *ctx.options)
     needed = list(ctx.needs_input_grad[:_COUNT])
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_plain(grad):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(grad):
         results = torch.ops.gravity_hf.shared_attention_backward(grad, *arguments, needed)
     else:
         results = shared_backward(grad, SharedProblem(*arguments), needed)

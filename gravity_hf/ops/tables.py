@@ -6,8 +6,6 @@ for a long one that a block of scores leaves the cache.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from .precision import exact_products
 from .problem import stack
 from .reference import SELF_SCORE
 from .shared import Base, Part, Rows, SharedProblem
+from .space import Space
 
 # Fields of `SharedProblem` that get a gradient, in the order of the operator's results.
 DIFFERENTIABLE = ("q", "k", "v", "strength", "key_term", "table")
@@ -23,12 +22,13 @@ DIFFERENTIABLE = ("q", "k", "v", "strength", "key_term", "table")
 def shared_forward(problem: SharedProblem) -> Tensor:
     """Output `[B, H, Tq, Dv]`, laid out in memory as `[B, Tq, H, Dv]`."""
     output, untouched = output_of(problem), True
-    space = _Space(problem)
+    space = Space(problem.v)
     with exact_products(problem.v.device):
         for block in problem.blocks():
             base = problem.base(block)
             for part in problem.parts(block):
-                weights, _ = _weights(problem, block, part, base, space.take(0, block, part))
+                room = space.take("weights", problem.shape(block, part))
+                weights, _ = _weights(problem, block, part, base, room)
                 result = torch.bmm(stack(weights), _values(problem.v, block, part))
                 result = result.view(*weights.shape[:-1], -1)
                 if block.window.dead is not None:
@@ -46,13 +46,14 @@ def shared_backward(grad: Tensor, problem: SharedProblem, needed: list[bool]) ->
     grads = _zeros(problem, needed)
     grad = grad.unflatten(1, problem.sizes[1:3])
     of_base = needed[0] or needed[1] or needed[5]
-    space = _Space(problem)
+    space = Space(problem.v)
     with exact_products(problem.v.device):
         for block in problem.blocks():
             base = problem.base(block)
             base_grad = problem.base_gradient(block, base, grads) if of_base else None
             for part in problem.parts(block):
-                first, second = space.take(0, block, part), space.take(1, block, part)
+                shape = problem.shape(block, part)
+                first, second = space.take("weights", shape), space.take("gradient", shape)
                 weights, capped = _weights(problem, block, part, base, first, differentiable=True)
                 grad_out = grad[part.batch, part.heads, :, block.rows]
                 if block.window.dead is not None:
@@ -85,23 +86,6 @@ def room_of(problem: SharedProblem, name: str) -> Tensor:
     if name == "v":
         return value.new_empty(value.mT.shape).mT
     return value.new_empty(value.shape)
-
-
-class _Space:
-    """Memory for the scores of a part, touched for the first time once in a call."""
-
-    def __init__(self, problem: SharedProblem) -> None:
-        self._problem = problem
-        self._spaces: dict[int, Tensor] = {}
-
-    def take(self, index: int, block: Rows, part: Part) -> Tensor:
-        """Uninitialised `[b, n, G, rows, keys]`; the same memory for the same index."""
-        shape = self._problem.shape(block, part)
-        size = math.prod(shape)
-        space = self._spaces.get(index)
-        if space is None or space.shape[0] < size:
-            space = self._spaces[index] = self._problem.v.new_empty(size)
-        return space[:size].view(shape)
 
 
 def _weights(

@@ -35,8 +35,8 @@ def gravity_lora(
     """A peft model with LoRA on the attention projections; masses and softenings train in full.
 
     Args:
-        model: patched, usually calibrated; or a model that is gravity by construction (LGT), whose
-            constants and mass projections train in full, and whose positions stay.
+        model: patched, usually calibrated; or a model that is gravity by construction (LGT, NGT),
+            whose constants and mass projections train in full, and whose positions stay.
         r: rank of the LoRA matrices.
         alpha: LoRA scale numerator: updates are scaled by `alpha / r`.
         dropout: dropout on the LoRA input.
@@ -51,9 +51,14 @@ def gravity_lora(
         masses need a larger learning rate.
 
     Raises:
-        RuntimeError: the model is not patched.
+        RuntimeError: the model is not patched. TypeError: the twin of an NGT, without gravity.
     """
     if is_own_model(model):
+        if not own_attention_names(model):
+            raise TypeError(
+                f"gravity_lora: expected a model with gravity in it, got {type(model).__name__}, "
+                "the dot-product twin of one. Take peft.get_peft_model"
+            )
         chosen = own_projections(model) if target_modules is None else target_modules
         own = _lora_settings(model, r, alpha, dropout, chosen)
         return _under_lora(model, LoraConfig(**own, modules_to_save=["gravity"]))

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..integration.own_models import own_gravity_parameters
+from ..integration.own_models import own_constants, own_gravity_parameters, own_tables
 from ..layers.parameters import GravityParameters
 from .distributed import check_strategy, fsdp2_options, saves_shards, shard_gravity
 
@@ -35,9 +35,10 @@ def gravity_param_groups(
     of 1: without a rate of their own, masses stand still. Decay would pull every mass to
     softplus(0).
 
-    In a model that is gravity by construction (LGT, the tri-model, the published modules),
-    gravity's own are `G`, the maps to masses, and the positions, which have no other use than
-    distances. Decay would weaken every force.
+    In a model that is gravity by construction (LGT, the tri-model, NGT, the published modules),
+    gravity's own are the constants of its heads; see `own_constants`. Decay would weaken every
+    force. Tables of masses and of places have the rate of the weights, and no decay either. Maps
+    between vectors learn and decay as other weights do.
 
     Args:
         model: patched, with or without LoRA; or gravity by construction.
@@ -45,12 +46,13 @@ def gravity_param_groups(
         gravity_scale: how much faster gravity's own learn than weights. None:
             `DEFAULT_GRAVITY_SCALE` for patched models, `OWN_GRAVITY_SCALE` for those that are
             gravity by construction.
-        weight_decay: of the weights that have two dimensions or more; never of gravity's.
+        weight_decay: of the weights that have two dimensions or more; never of gravity's or of
+            tables.
 
     Returns:
         Groups for any torch optimiser; empty ones are left out.
     """
-    gravity_ids = _gravity_ids(model)
+    gravity_ids, table_ids = _gravity_ids(model), _table_ids(model)
     scale = _scale(model, gravity_scale)
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -61,7 +63,8 @@ def gravity_param_groups(
         if id(parameter) in gravity_ids:
             gravity.append(parameter)
         else:
-            (decayed if parameter.dim() > 1 else plain).append(parameter)
+            undecayed = parameter.dim() < 2 or id(parameter) in table_ids
+            (plain if undecayed else decayed).append(parameter)
     groups = [
         {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
         {"params": plain, "lr": learning_rate, "weight_decay": 0.0},
@@ -99,10 +102,10 @@ class GravityTrainer(Trainer):
             shard_gravity(target, **options)
         if self.optimizer is None:
             super().create_optimizer(model)
-            _split_gravity_group(
+            _split_groups(
                 self.optimizer,
-                _gravity_ids(target),
-                self.args.learning_rate * self.gravity_scale,
+                (_table_ids(target), self.args.learning_rate),
+                (_gravity_ids(target), self.args.learning_rate * self.gravity_scale),
             )
         return self.optimizer
 
@@ -131,7 +134,11 @@ class GravityTrainer(Trainer):
 
 
 def _gravity_ids(model: nn.Module) -> set[int]:
-    return _mass_ids(model) | {id(parameter) for parameter in own_gravity_parameters(model)}
+    return _mass_ids(model) | {id(parameter) for parameter in own_constants(model)}
+
+
+def _table_ids(model: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in own_tables(model)}
 
 
 def _scale(model: nn.Module, given: float | None) -> float:
@@ -147,13 +154,16 @@ def _mass_ids(model: nn.Module) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-def _split_gravity_group(
-    optimizer: torch.optim.Optimizer, gravity_ids: set[int], learning_rate: float
-) -> None:
-    gravity: list[nn.Parameter] = []
-    for group in optimizer.param_groups:
-        gravity += [p for p in group["params"] if id(p) in gravity_ids]
-        group["params"] = [p for p in group["params"] if id(p) not in gravity_ids]
+def _split_groups(optimizer: torch.optim.Optimizer, *groups: tuple[set[int], float]) -> None:
+    """Parameters by their ids into groups of their own, each with its rate, without decay."""
+    found = []
+    for ids, learning_rate in groups:
+        mine: list[nn.Parameter] = []
+        for group in optimizer.param_groups:
+            mine += [p for p in group["params"] if id(p) in ids]
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+        found.append({"params": mine, "lr": learning_rate, "weight_decay": 0.0})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    if gravity:
-        optimizer.add_param_group({"params": gravity, "lr": learning_rate, "weight_decay": 0.0})
+    for group in found:
+        if group["params"]:
+            optimizer.add_param_group(group)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .corpus import load_corpus
-from .text import read_text
-from .tokenizers import BYTES, byte_tokenizer, character_tokenizer, train_bpe
+from .sources import load_text
+from .tokenizers import BYTES, byte_tokenizer, character_tokenizer, tiktoken_tokenizer, train_bpe
 
-_VALIDATION_SHARE = 0.1
-# Longer texts are tokenized in pieces of this many characters.
+# Longer texts are tokenized in pieces of this many characters, so many at a time: as Python's
+# numbers the tokens of a whole corpus would take ten times the room.
 _PIECE = 1 << 20
+_PIECES = 4
 
 
 @dataclass(frozen=True)
@@ -48,33 +47,24 @@ def load_stream(
     """Tokens of text files, of a dataset, or of the Python standard library's source.
 
     Args:
-        tokenizer: `"byte"`, `"char"`, `"bpe:SIZE"` (trained on the training text), or a folder or
-            Hub name.
+        tokenizer: `"byte"`, `"char"`, `"bpe:SIZE"` (trained on the training text),
+            `"tiktoken:NAME"` or `"tiktoken:FILE"`, or a folder or Hub name.
         text_files: the last tenth of each is held out for validation.
-        dataset: name or folder for `datasets.load_dataset`; its validation or test split is held
-            out, or the last tenth where it has none.
+        dataset: a name of `sources.DATASETS`, or a name or folder for `datasets.load_dataset`; its
+            validation or test split is held out, or the last tenth where it has none.
         dataset_config: configuration of that dataset.
         text_column: where the dataset keeps its text.
-        train_bytes: at most so much training text.
-        validation_bytes: at most so much validation text.
+        train_bytes: at most so much training text, in characters.
+        validation_bytes: at most so much validation text, in characters.
 
     Raises:
         ValueError: two sources at once, a missing file or column, or too little text.
+        ImportError: a package that the dataset or the tokenizer needs.
     """
-    if text_files and dataset:
-        raise ValueError("data: expected --text_files or --dataset, got both. Leave one out")
-    if dataset:
-        train, validation, origin = _dataset_text(dataset, dataset_config, text_column)
-    elif text_files:
-        train, validation, origin = _file_text([Path(file) for file in text_files])
-    else:
-        corpus = load_corpus(None, train_bytes, validation_bytes)
-        train = bytes(corpus.train.numpy()).decode("utf-8", "replace")
-        validation = bytes(corpus.validation.numpy()).decode("utf-8", "replace")
-        origin = corpus.description
-    return make_stream(
-        tokenizer, train[:train_bytes], validation[:validation_bytes], description=origin
+    text = load_text(
+        text_files, dataset, dataset_config, text_column, train_bytes, validation_bytes
     )
+    return make_stream(tokenizer, text.train, text.validation, description=text.origin)
 
 
 def make_stream(
@@ -144,35 +134,6 @@ def collate(windows: Tensor | list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _dataset_text(name: str, config: str | None, column: str) -> tuple[str, str, str]:
-    # Imported here because datasets is optional.
-    from datasets import load_dataset
-
-    splits = load_dataset(name, config)
-    for split, rows in splits.items():
-        if column not in rows.column_names:
-            raise ValueError(
-                f"--text_column: expected a column of {name} ({split}), got {column!r}; there are "
-                f"{rows.column_names}"
-            )
-    train = "\n\n".join(splits["train"][column])
-    held_out = next((part for part in ("validation", "test") if part in splits), None)
-    if held_out is not None:
-        return train, "\n\n".join(splits[held_out][column]), f"dataset {name}, its {held_out} split"
-    return *_split(train), f"dataset {name}, the last tenth held out"
-
-
-def _file_text(files: list[Path]) -> tuple[str, str, str]:
-    parts = [_split(read_text(file)) for file in files]
-    train, validation = ("\n\n".join(part[side] for part in parts) for side in (0, 1))
-    return train, validation, f"{', '.join(f.name for f in files)}, the last tenth held out"
-
-
-def _split(text: str) -> tuple[str, str]:
-    cut = int(len(text) * (1 - _VALIDATION_SHARE))
-    return text[:cut], text[cut:]
-
-
 def _tokenizer(name: str, text: str) -> PreTrainedTokenizerBase:
     if name == "char":
         return character_tokenizer(text)
@@ -181,19 +142,26 @@ def _tokenizer(name: str, text: str) -> PreTrainedTokenizerBase:
         if not size.isdigit():
             raise ValueError(f"--tokenizer: expected bpe:SIZE such as bpe:8192, got {name!r}")
         return train_bpe(text, int(size))
+    if name.startswith("tiktoken:"):
+        return tiktoken_tokenizer(name.removeprefix("tiktoken:"))
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--tokenizer: expected byte, char, bpe:SIZE, or the folder or name of a tokenizer, "
-            f"got {name!r} ({error})"
+            "--tokenizer: expected byte, char, bpe:SIZE, tiktoken:NAME, or the folder or name of a "
+            f"tokenizer, got {name!r} ({error})"
         ) from error
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, vocabulary: int) -> Tensor:
-    pieces = (text[i : i + _PIECE] for i in range(0, len(text), _PIECE))
-    ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    return torch.tensor(ids, dtype=torch.int16 if vocabulary < 2**15 else torch.int32)
+    kind = torch.int16 if vocabulary < 2**15 else torch.int32
+    found = []
+    for start in range(0, len(text), _PIECES * _PIECE):
+        ends = range(start, min(start + _PIECES * _PIECE, len(text)), _PIECE)
+        pieces = [text[i : i + _PIECE] for i in ends]
+        encoded = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False)
+        found += [torch.tensor(ids, dtype=kind) for ids in encoded["input_ids"]]
+    return torch.cat(found) if found else torch.empty(0, dtype=kind)
 
 
 def _byte_ids(text: str) -> Tensor:
@@ -201,7 +169,12 @@ def _byte_ids(text: str) -> Tensor:
 
 
 def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for number, part in enumerate(parts):
+        digest.update(b"\0" if number else b"")
+        for start in range(0, len(part), _PIECE):
+            digest.update(part[start : start + _PIECE].encode())
+    return digest.hexdigest()[:16]
 
 
 def _require_tokens(ids: Tensor, least: int) -> None:

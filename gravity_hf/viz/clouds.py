@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .drawing import Drawing
 from .recording import RecordedAttention
+from .space import limits_of, principal_components, set_axes, write_names
 from .style import BLUE, ORANGE, Theme, new_figure
 
 if TYPE_CHECKING:
@@ -18,13 +19,6 @@ if TYPE_CHECKING:
     from mpl_toolkits.mplot3d import Axes3D
 
 _LARGEST, _SMALLEST = 420.0, 9.0
-_NAMED = 6
-# Free space beyond the outermost points, as a share of an axis.
-_AROUND = 0.04
-# An axis is at least this share of the longest: its ticks need room, however little varies.
-_THINNEST = 0.3
-# Share of the cloud's width that a name takes up.
-_ROOM = 0.12
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +45,7 @@ class HeadCloud:
     @property
     def limits(self) -> Tensor:
         """Ends of the three axes `[3, 2]`, all points within; the axes are to share one scale."""
-        points = torch.cat([self.queries, self.keys])
-        low, high = points.amin(0), points.amax(0)
-        spans = high - low
-        spans = spans.clamp(min=max(_THINNEST * float(spans.max()), 1e-6))
-        reach = (0.5 + _AROUND) * spans
-        middle = (low + high) / 2
-        return torch.stack([middle - reach, middle + reach], -1)
+        return limits_of(torch.cat([self.queries, self.keys]))
 
     @property
     def axis_titles(self) -> list[str]:
@@ -77,20 +65,11 @@ def head_cloud(recorded: RecordedAttention, head: int) -> HeadCloud:
         query = torch.cat([query, torch.zeros_like(query[:, :1])], -1)
     points = torch.cat([query, key])
     centred = points - points.mean(0)
-    _, spread, directions = torch.linalg.svd(centred, full_matrices=False)
-    # An axis may point either way: its largest part is positive, so that figures can be compared.
-    directions = directions[:3]
-    largest = directions.gather(-1, directions.abs().argmax(-1, keepdim=True))
-    coordinates = centred @ (directions * largest.sign()).T
-    missing = 3 - coordinates.shape[-1]
-    coordinates = torch.nn.functional.pad(coordinates, (0, missing))
-    variance = spread.square()
-    explained = torch.nn.functional.pad(
-        variance[:3] / variance.sum().clamp(min=1e-300), (0, missing)
-    )
+    found = principal_components(centred)
+    coordinates = centred @ found.directions.T
     count = query.shape[0]
     return HeadCloud(
-        coordinates[:count], coordinates[count:], explained, recorded.received[head].double()
+        coordinates[:count], coordinates[count:], found.explained, recorded.received[head].double()
     )
 
 
@@ -124,14 +103,9 @@ def cloud_figure(cloud: HeadCloud, tokens: Sequence[str], title: str) -> Drawing
             linewidths=0.4,
             label=label,
         )
-        _name_largest(axis, cloud, tokens, theme.paper)
-        for which, name in zip("xyz", cloud.axis_titles, strict=True):
-            getattr(axis, f"set_{which}label")(name, fontsize=9)
-            axis.tick_params(axis=which, labelsize=7.5)
-        axis.set(**dict(zip(("xlim", "ylim", "zlim"), cloud.limits.tolist(), strict=True)))
-        # A distance is as long along one axis as along another.
-        axis.set_aspect("equal")
-        axis.view_init(elev=22, azim=-58)
+        names = dict(enumerate(tokens))
+        write_names(axis, cloud.keys, cloud.received, names, theme.paper)
+        set_axes(axis, cloud.axis_titles, cloud.limits)
         legend = axis.legend(loc="upper left", fontsize=8.5)
         # Their real sizes say nothing in a legend.
         for handle in legend.legend_handles:
@@ -139,26 +113,3 @@ def cloud_figure(cloud: HeadCloud, tokens: Sequence[str], title: str) -> Drawing
         return figure
 
     return Drawing("queries-and-keys", title, "", build)
-
-
-def _name_largest(axis: Axes3D, cloud: HeadCloud, tokens: Sequence[str], paper: str) -> None:
-    from matplotlib.patheffects import withStroke
-
-    for index in _apart(cloud):
-        if index < len(tokens):
-            text = axis.text(
-                *cloud.keys[index].tolist(), f"  {tokens[index]}", fontsize=8, zorder=9
-            )
-            text.set_parse_math(False)
-            text.set_path_effects([withStroke(linewidth=2.5, foreground=paper)])
-
-
-def _apart(cloud: HeadCloud) -> list[int]:
-    """The keys with the most attention, those aside whose names would cover an earlier one's."""
-    reach = _ROOM * float((cloud.keys.amax(0) - cloud.keys.amin(0)).max())
-    found: list[int] = []
-    for index in cloud.received.argsort(descending=True, stable=True).tolist():
-        others = cloud.keys[found] - cloud.keys[index]
-        if len(found) < _NAMED and bool((others.norm(dim=-1) > reach).all()):
-            found.append(index)
-    return found

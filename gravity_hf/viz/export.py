@@ -6,20 +6,25 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .collecting import collect
+from .coordinate_figures import coordinate_picture, coordinate_slider
+from .coordinates import Coordinates, project
 from .drawing import Drawing
 from .figures import figures_of, interactive_figures_of
-from .interactive import interactive_page
+from .interactive import Interactive, interactive_page
 from .style import Theme, require_matplotlib, require_plotly, themes_of
 
 LIST_NAME = "figures.json"
 PAGE_NAME = "interactive"
+_PAGE_TITLE = "Gravity attention of this model"
+_COORDINATES_TITLE = "Where the tokens are"
 
 
 def write_figures(
@@ -74,10 +79,7 @@ def write_figures(
     require_matplotlib()
     if interactive:
         require_plotly()
-    themes = themes_of(theme)
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder: expected a folder for figures, {str(folder)!r} is a file")
+    themes, folder = themes_of(theme), _fillable(folder)
     data = collect(
         model,
         batches=batches,
@@ -90,14 +92,66 @@ def write_figures(
         head=head,
         progress=progress,
     )
+    pages = partial(interactive_figures_of, data) if interactive else None
+    return _drawn_and_written(folder, themes, figures_of(data), pages, _PAGE_TITLE)
+
+
+def write_coordinate_figures(
+    coordinates: Coordinates,
+    folder: str | os.PathLike[str],
+    *,
+    theme: str = "light",
+    layer: int | None = None,
+) -> list[dict[str, Any]]:
+    """Draw the coordinates of a model's tokens: one layer as a picture, all of them as a page.
+
+    Args:
+        coordinates: see `collect_coordinates`.
+        folder, theme: as in `write_figures`. The page is `interactive.html`.
+        layer: after which the picture shows them, by its number; None: the last.
+
+    Returns:
+        As `write_figures`.
+
+    Raises:
+        ImportError: matplotlib or plotly is not installed.
+        ValueError: an unknown theme or layer.
+    """
+    require_matplotlib()
+    require_plotly()
+    themes, folder = themes_of(theme), _fillable(folder)
+    projection = project(coordinates)
+    drawings = [coordinate_picture(coordinates, projection, layer)]
+
+    def pages() -> list[Interactive]:
+        return [coordinate_slider(coordinates, projection)]
+
+    return _drawn_and_written(folder, themes, drawings, pages, _COORDINATES_TITLE)
+
+
+def _fillable(folder: str | os.PathLike[str]) -> Path:
+    found = Path(folder)
+    if found.exists() and not found.is_dir():
+        raise ValueError(f"folder: expected a folder for figures, {str(found)!r} is a file")
+    return found
+
+
+def _drawn_and_written(
+    folder: Path,
+    themes: Sequence[Theme],
+    drawings: Sequence[Drawing],
+    pages: Callable[[], Sequence[Interactive]] | None,
+    title: str,
+) -> list[dict[str, Any]]:
     files: dict[str, bytes] = {}
-    entries = [_drawn(drawing, themes, files) for drawing in figures_of(data)]
-    if interactive:
+    entries = [_drawn(drawing, themes, files) for drawing in drawings]
+    if pages is not None:
         # The page and its figures are made once for each theme: a theme changes them.
         for index, chosen in enumerate(themes):
-            shown = interactive_figures_of(data)
-            page = interactive_page("Gravity attention of this model", shown, chosen)
-            files[f"{PAGE_NAME}{_suffix(index)}.html"] = page.encode()
+            shown = pages()
+            files[f"{PAGE_NAME}{_suffix(index)}.html"] = interactive_page(
+                title, shown, chosen
+            ).encode()
         places = {figure.name for figure in shown}
         for entry in entries:
             if entry["name"] in places:

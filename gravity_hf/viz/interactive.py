@@ -60,6 +60,8 @@ def interactive_page(title: str, figures: Sequence[Interactive], theme: Theme) -
             full_html=False,
             include_plotlyjs=index == 0,
             include_mathjax=False,
+            # Of figures without a height; low where the window is narrow.
+            default_height="min(820px, 125vw)",
             div_id=f"{shown.name}-plot",
             config={"displaylogo": False, "responsive": True, "showSendToCloud": False},
         )
@@ -241,13 +243,14 @@ def _places(count: int, tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _dress(figure: go.Figure, theme: Theme) -> None:
+    margin = {"l": 70, "r": 20, "t": 90 if figure.layout.updatemenus else 30, "b": 60}
     ground = {"backgroundcolor": theme.paper, "gridcolor": theme.grid, "zerolinecolor": theme.grid}
     figure.update_layout(
         template="plotly_dark" if theme.name == "dark" else "plotly_white",
         paper_bgcolor=theme.paper,
         plot_bgcolor=theme.paper,
         font={"color": theme.ink},
-        margin={"l": 70, "r": 20, "t": 90 if figure.layout.updatemenus else 30, "b": 60},
+        margin=margin | figure.layout.margin.to_plotly_json(),
     )
     if figure.layout.updatemenus:
         figure.update_layout(updatemenus=[{"bgcolor": theme.paper, "font": {"color": theme.ink}}])

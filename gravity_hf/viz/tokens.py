@@ -22,7 +22,19 @@ def token_labels(ids: Tensor | Sequence[int], tokenizer: Any = None) -> list[str
     numbers = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if tokenizer is None:
         return [str(position) for position in range(len(numbers))]
-    return [_readable(tokenizer.decode([number])) for number in numbers]
+    return [token_label(tokenizer.decode([number])) for number in numbers]
+
+
+def token_label(text: str) -> str:
+    """Of one token's text, short, in letters that the figure's font has."""
+    has = _drawable()
+    text = "".join(c if has(c) else f"U+{ord(c):04X}" for c in _visible_space(text))
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def visible_token(text: str) -> str:
+    """One token's text in one line, whole, for a page, which has letters of every kind."""
+    return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in _visible_space(text))
 
 
 def set_token_labels(axis: Axis, tokens: Sequence[str] | int, **look: Any) -> None:
@@ -37,12 +49,9 @@ def set_token_labels(axis: Axis, tokens: Sequence[str] | int, **look: Any) -> No
         text.set_parse_math(False)
 
 
-def _readable(text: str) -> str:
+def _visible_space(text: str) -> str:
     text = text.replace("\r\n", _NEWLINE).replace("\n", _NEWLINE).replace("\t", "→")
-    text = text.replace(" ", _SPACE) or "∅"
-    has = _drawable()
-    text = "".join(c if has(c) else f"U+{ord(c):04X}" for c in text)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text.replace(" ", _SPACE) or "∅"
 
 
 @functools.cache

@@ -28,6 +28,7 @@ then times each (median of triton.testing.do_bench) and prints them from fastest
 candidate is rows x keys x warps x stages.
 
   python scripts/benchmark/tiles.py --width 128 --heads 16 --kv-heads 2 --length 4096
+  python scripts/benchmark/tiles.py --ngt --batch 16 --heads 8 --kv-heads 8 --length 512 --width 64
   python scripts/benchmark/tiles.py --kernels key --tiles 32x64x4x2 32x64x4x3 64x64x4x2
 """
 
@@ -59,6 +60,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--law", default="force", choices=["force", "power"])
     parser.add_argument("--lifted", action="store_true", help="lifted keys")
     parser.add_argument("--masses", action="store_true", help="per-token masses: the general code")
+    parser.add_argument(
+        "--ngt", action="store_true", help="NGT's call: float32 coordinates 16 wide, power law, "
+        "token masses, the token itself excluded"
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=2)
@@ -89,6 +94,11 @@ def make_problem(options: argparse.Namespace) -> Problem:
         problem = replace(problem, key_radius_sq=radius_sq, eps=2.0 * options.width * heads)
     if options.masses:
         problem = replace(problem, key_term=torch.rand(q.shape[:3], device="cuda"))
+    if options.ngt:
+        q, k = (x[..., :16].float().contiguous() for x in (q, k))
+        masses = torch.rand(q.shape[:3], device="cuda")
+        terms = {"key_term": masses, "law": "power", "exclude_self": True}
+        problem = replace(problem, q=q, k=k, **terms)
     return problem
 
 

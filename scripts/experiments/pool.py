@@ -147,8 +147,9 @@ def _serve(
     deadline: float,
 ) -> None:
     if number is not None:
-        # Read when CUDA starts, which is later than this.
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus) if gpus else ""
+        # Read when CUDA starts, which is later than this. Of those that this process may see.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus] if gpus else ""
     while (run := queue.get()) is not None and time.time() < deadline:
         try:
             answers.put({"id": run["id"], "run": run, **work(run)})

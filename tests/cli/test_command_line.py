@@ -13,7 +13,7 @@ from gravity_hf.cli.demo import results
 from gravity_hf.cli.demo import run as demo_run_module
 from gravity_hf.cli.demo.command import EXIT_NOT_ACCEPTED
 
-VERBS = ("demo", "convert", "status", "generate", "export", "figures", "push")
+VERBS = ("demo", "convert", "status", "generate", "chat", "export", "figures", "push")
 
 
 def test_help_names_every_verb_and_shows_commands() -> None:

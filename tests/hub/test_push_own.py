@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hub.loopback import LoopbackHub
+from hub.ngt_results import config as ngt_config
 from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
 
 from gravity_hf import (
     LGTConfig,
     LGTForCausalLM,
+    NGTForCausalLM,
     TriModel,
     TriModelConfig,
     gravity_lora,
@@ -34,20 +38,28 @@ def lgt() -> LGTForCausalLM:
     return LGTForCausalLM(LGTConfig(**SIZES)).eval()
 
 
-def test_push_to_hub_of_an_lgt_is_one_commit_with_a_card_that_says_so(hub: LoopbackHub) -> None:
-    model = lgt()
+def ngt() -> NGTForCausalLM:
+    torch.manual_seed(0)
+    return NGTForCausalLM(ngt_config()).eval()
+
+
+@pytest.mark.parametrize(("make", "tag"), [(lgt, "lgt"), (ngt, "ngt")])
+def test_push_to_hub_is_one_commit_with_a_card_that_says_so(
+    make: Callable[[], PreTrainedModel], tag: str, hub: LoopbackHub
+) -> None:
+    model = make()
     model.add_model_tags(["mine"])
-    done = model.push_to_hub("me/x", tags="yours", commit_message="m")
-    repo = hub.repo("me/x")
+    done = model.push_to_hub(f"me/{tag}", tags="yours", commit_message="m")
+    repo = hub.repo(f"me/{tag}")
     assert repo.messages == ["initial commit", "m"] and done.oid == repo.oid("main")
     assert {"config.json", "model.safetensors", "README.md"} <= repo.paths()
     assert "modeling_gravity.py" not in repo.paths()
     card = ModelCard(repo.tree("main")["README.md"].content.decode())
-    assert {"mine", "yours", "gravity-attention", "lgt"} <= set(card.data.tags)
+    assert {"mine", "yours", "gravity-attention", tag} <= set(card.data.tags)
     assert "More Information Needed" not in card.text
-    again = load_gravity_model("me/x").eval()
+    again = load_gravity_model(f"me/{tag}").eval()
     ids = torch.arange(8)[None]
-    assert type(again) is LGTForCausalLM
+    assert type(again) is type(model)
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 

@@ -197,7 +197,7 @@ def triton(monkeypatch):
     """The kernels' package as the chooser sees it; `triton.problem` is why it cannot serve."""
     package = types.ModuleType("gravity_hf.ops.triton")
     package.problem = None
-    package.triton_refusal = lambda device, dtype, mask, width, softcap: (
+    package.triton_refusal = lambda device, dtype, mask, width, softcap, vectors: (
         package.problem if softcap is None else "of its softcap"
     )
     package.gravity_attention_triton = lambda q, k, v, mass, **options: v

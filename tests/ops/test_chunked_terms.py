@@ -245,6 +245,10 @@ def test_fullgraph_compile_equals_eager(term):
     torch._dynamo.reset()
     given, options = CASES[term]
     inputs = make_inputs(batch=1, queries=12, keys=12, token_masses=True, **given)
+    if term == "hard-power":
+        # As a model of half precision calls it: distances in float32.
+        inputs = {name: x.float() for name, x in inputs.items()}
+        inputs["v"] = inputs["v"].bfloat16()
     options = {**options, "law": given.get("law", "force"), "window": 5}
     options["key_ranges"] = packed_ranges(5, 7)
 

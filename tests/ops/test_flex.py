@@ -64,6 +64,13 @@ def test_masks_and_hidden_rows():
     check(inputs, torch.float32, mask=torch.rand(20) > 0.5)
 
 
+def test_masses_by_their_logarithms():
+    inputs = make_inputs(queries=12, keys=20, width=16, law="power", token_masses=True)
+    expected = check(inputs, torch.float32, law="power")
+    inputs["log_key_mass"] = inputs.pop("key_mass").log()
+    torch.testing.assert_close(check(inputs, torch.float32, law="power"), expected)
+
+
 def test_causal_rows_without_keys_give_zeros():
     output = check(make_inputs(queries=12, keys=9, width=16), torch.float32, causal=True)
     assert (output[:, :, :3] == 0).all()

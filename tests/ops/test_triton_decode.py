@@ -41,7 +41,7 @@ def decode(inputs: dict[str, Tensor], law: str, **options: Any) -> Tensor:
     options = {n: o.to(DEVICE) if isinstance(o, Tensor) else o for n, o in options.items()}
     key_term = x.get("key_mass")
     if key_term is not None and law == "power":
-        key_term = key_term.log()
+        key_term = key_term.log2()
     return decode_attention(
         x["q"], x["k"], x["v"], x["mass"].square(), x["eps"], law=law,
         key_radius_sq=x.get("key_radius_sq"), query_mass=x.get("query_mass"),

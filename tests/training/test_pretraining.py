@@ -147,7 +147,7 @@ def test_checkpoints_of_another_run_are_not_taken_for_this_one(tmp_path, stream)
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"architecture": "perceptron"}, "expected a model_type of transformers"),
+        ({"architecture": "perceptron"}, "expected a model_type of this library"),
         ({"overrides": "depth=3"}, r"got \['depth'\], which it does not have"),
         ({"overrides": "hidden_size"}, "expected name=value"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -9,10 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import gravity_hf  # noqa: F401  registers LGT
 from gravity_hf.training.recall import (
     TASKS,
+    AssociativeSettings,
     RecallSettings,
+    associative_rows,
     change_before,
     first_tokens,
     previous_tokens,
+    train_associative,
     train_recall,
 )
 
@@ -73,3 +78,52 @@ def test_what_cannot_be_trained_is_refused() -> None:
         train_recall(model, "first", RecallSettings(length=8))
     with pytest.raises(ValueError, match="max_position_embeddings of at least 32, got 8"):
         train_recall(model, "first", RecallSettings(vocabulary=8))
+
+
+ONE_PAIR = AssociativeSettings(
+    pairs=1, keys=4, values=4, steps=60, learning_rate=1e-2, warmup=5, interval=20
+)
+
+
+def new_ngt(**changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": ONE_PAIR.vocabulary,
+        "max_position_embeddings": ONE_PAIR.length,
+        "hidden_size": 16,
+        "coord_dim": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "dropout": 0.0,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("ngt", **{**shape, **changes}))
+
+
+def test_every_key_is_asked_for_the_value_that_stood_beside_it() -> None:
+    settings = AssociativeSettings(pairs=3, keys=5, values=2)
+    ids, targets = associative_rows(settings, 20, torch.Generator().manual_seed(0))
+    assert ids.shape == targets.shape == (20, settings.length)
+    for row, wanted in zip(ids.tolist(), targets.tolist(), strict=True):
+        pairs = dict(zip(row[:6:2], row[1:6:2], strict=True))
+        assert len(pairs) == 3 and max(pairs) < 5 <= min(pairs.values())
+        asked = row[6::2]
+        assert sorted(asked) == sorted(pairs)
+        assert row[7::2] == wanted[6::2] == [pairs[key] for key in asked]
+        assert set(wanted[:6] + wanted[7::2]) == {-100}
+    assert any(row[:6:2] != row[6::2] for row in ids.tolist())
+
+
+def test_an_ngt_learns_what_stood_beside_the_one_key() -> None:
+    result = train_associative(new_ngt(), ONE_PAIR)
+    assert result.accuracy == 1.0 and result.steps_to_recall in result.curve
+    assert list(result.curve) == [20, 40, 60] and len(result.losses) == 60
+    never = train_associative(new_ngt(), replace(ONE_PAIR, steps=1))
+    assert never.steps_to_recall is None and list(never.curve) == [1]
+
+
+def test_more_pairs_than_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match="AssociativeSettings.pairs: expected 1 to 4, .* got 5"):
+        train_associative(new_ngt(), replace(ONE_PAIR, pairs=5))
+    with pytest.raises(ValueError, match="max_position_embeddings of at least 8, got 4"):
+        train_associative(new_ngt(), replace(ONE_PAIR, pairs=2))

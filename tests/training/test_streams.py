@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from gravity_hf.training import sources, streams
 from gravity_hf.training.streams import (
     ConsecutiveWindows,
     RandomWindows,
@@ -103,3 +106,65 @@ def test_what_does_not_fit_is_said_plainly(arguments, message):
 def test_too_little_text_for_one_window_is_an_error():
     with pytest.raises(ValueError, match="expected at least 17 tokens"):
         RandomWindows(torch.arange(10), 4, 16, 0)
+
+
+def test_a_corpus_is_made_into_tokens_piece_by_piece(monkeypatch):
+    """A whole corpus as Python's numbers would take ten times its room."""
+    whole = make_stream("char", TEXT, TEXT[:100])
+    monkeypatch.setattr(streams, "_PIECE", 64)
+    original, sizes = type(whole.tokenizer).__call__, []
+
+    def spy(self, texts, **options):
+        sizes.append(sum(map(len, texts)))
+        return original(self, texts, **options)
+
+    monkeypatch.setattr(type(whole.tokenizer), "__call__", spy)
+    pieces = make_stream("char", TEXT, TEXT[:100])
+    assert torch.equal(pieces.train, whole.train) and pieces.digest == whole.digest
+    assert max(sizes) <= 64 * streams._PIECES and sum(sizes) == len(TEXT) + 100
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """load_dataset of the library, with rows of our own: what it was asked for, and the rows."""
+    datasets = pytest.importorskip("datasets")
+    rows = {"train": ["", " = Gravity = \n", "", " It falls . \n"] * 50, "validation": [" a \n"]}
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        parts = {name: datasets.Dataset.from_dict({"text": text}) for name, text in rows.items()}
+        return datasets.DatasetDict(parts)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked, rows
+
+
+def test_wikitext_by_name_is_its_lines_as_they_are(lines):
+    asked, rows = lines
+    stream = load_stream("char", dataset="wikitext103")
+    assert asked == [(("Salesforce/wikitext", "wikitext-103-raw-v1"), {})]
+    assert stream.tokenizer.decode(stream.train.tolist()) == "".join(rows["train"])
+    assert len(stream.validation) == len(" a \n")
+    load_stream("char", dataset="wikitext2", dataset_config="other")
+    assert asked[-1][0] == ("Salesforce/wikitext", "other")
+
+
+def test_no_more_of_a_dataset_is_read_than_was_asked_for(lines):
+    stream = load_stream("byte", dataset="wikitext103", train_bytes=20)
+    assert stream.tokenizer.decode(stream.train.tolist()) == "".join(lines[1]["train"])[:20]
+    assert "its validation split" in stream.description
+
+
+def test_shakespeare_by_name_is_one_text_with_its_last_tenth_held_out(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    (tmp_path / "input.txt").write_text("First Citizen:\nBefore we proceed\n\n" * 20)
+    known = sources.DATASETS["tinyshakespeare"]
+    local = {**known.options, "data_files": str(tmp_path / "input.txt")}
+    entry = dataclasses.replace(known, options=local)
+    monkeypatch.setitem(sources.DATASETS, "tinyshakespeare", entry)
+    stream = load_stream("char", dataset="tinyshakespeare")
+    both = torch.cat([stream.train, stream.validation]).tolist()
+    assert stream.tokenizer.decode(both) == (tmp_path / "input.txt").read_text()
+    assert len(stream.validation) / len(both) == pytest.approx(0.1, abs=0.01)
+    assert known.path == "text" and known.options["data_files"].startswith("https://")

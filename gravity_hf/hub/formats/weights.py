@@ -17,9 +17,12 @@ from .running import Runner, runner_of_model
 from .source import Source, load_runnable
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# In models of our own: linear maps to masses, and heads, which keep their dtype as a host's do.
-# Patterns, matched from the beginning of a name.
-_KEPT = [r".*\.gravity", "lm_head", "score", "classifier"]
+# In models of our own: linear maps to masses and to coordinates, whose rounding would move tokens,
+# and heads, which keep their dtype as a host's do. Patterns, matched from the beginning of a name.
+_KEPT = [
+    *(r".*\.gravity", r".*(coord|anchor)_proj(_next|_hidden)?", r"(.*\.)?content"),
+    *("lm_head", "score", "classifier"),
+]
 
 
 def write_weights(

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...layers.float32 import Float32, without_autocast
 from ...layers.observing import Observer
 from .call import LGTAttentionCall
 from .configuration_lgt import LGTConfig
 from .geometry import Geometry
 from .law import Law
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-class Float32(nn.Module):
-    """A module that stays float32 when its model is converted to half precision: a mass that is off
-    by 0.4 % is another temperature, and a position another place."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32:
-        def without_rounding(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            rounds = result.dtype in _HALF and tensor.dtype not in _HALF
-            return tensor.to(result.device, torch.float32) if rounds else result
-
-        return super()._apply(without_rounding, recurse)
 
 
 class LGTMasses(NamedTuple):
@@ -62,7 +46,7 @@ class LGTGravity(Float32):
 
     def forward(self, hidden: Tensor) -> LGTMasses:
         """`hidden` `[B, T, d]`; head k reads channels `[k h, (k + 1) h)`."""
-        with _without_autocast(hidden.device.type):
+        with without_autocast(hidden.device.type):
             slices = hidden.to(self.G.dtype).reshape(*hidden.shape[:2], self.heads, self.width)
             # Through the Linear as a whole, so that whatever wraps it counts; head k of row k.
             mass = self.mass_proj(slices).diagonal(dim1=-2, dim2=-1).transpose(1, 2)
@@ -132,10 +116,3 @@ def remember(
     stored = value.to(mass.dtype) if cache.is_compileable else value
     keys, values = cache.update(keys, stored, layer_idx)
     return keys[..., 0], values.to(dtype)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    """Under autocast a product would be rounded. Where there is none it costs nothing."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from ...layers.observing import RowSample, capped_force
 from ...ops.api import gravity_attention
-from ...ops.reference import (
-    compute_dtype,
-    gravity_attention_reference,
-    split_mask,
-)
+from ...ops.reference import compute_dtype, gravity_attention_reference
 from ...ops.shared_op import shared_attention
+from ..visibility import visible_rows
 from .geometry import Geometry
 from .law import Law
 
@@ -91,7 +88,8 @@ class LGTAttentionCall:
                 own = (strength.squeeze(-1) * self.query_mass[:, :, rows]).unsqueeze(-1)
                 force = own * self.key_mass.unsqueeze(-2) * inverse
                 score = capped_force(force, self.max_force, self.force_cap)
-            visible, bias = self._visible(rows)
+            seen = self.geometry.visible
+            visible, bias = visible_rows(seen, rows, self.query_count(), self.key_mass.shape[-1])
             if bias is not None:
                 score = score + bias.to(score.dtype)
             visible = visible.expand(*visible.shape[:2], *score.shape[-2:])
@@ -148,39 +146,6 @@ class LGTAttentionCall:
             1.0,
         )
         return output.to(value.dtype)
-
-    def _visible(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Bool and bias of the rows, broadcastable to `[B, H, R, Tk]`."""
-        seen = self.geometry.visible
-        keys = self.key_mass.shape[-1]
-        key = torch.arange(keys, device=rows.device)
-        # Where the queries stand among the keys, `[R, 1]`: the ends of both meet.
-        place = (rows + (keys - self.query_count())).unsqueeze(-1)
-        allowed, bias = torch.ones_like(place, dtype=torch.bool)[None, None], None
-        if seen.causal:
-            allowed = allowed & (key <= place)
-        if seen.key_ranges is not None:
-            ranges = seen.key_ranges
-            ranges = ranges if ranges.shape[1] == 1 else ranges[:, rows]
-            start, stop = ranges[:, None].unsqueeze(-2).unbind(-1)
-            allowed = allowed & (key >= start) & (key < stop)
-        if seen.mask is not None:
-            mask, bias = split_mask(seen.mask)
-            mask, bias = (_rows_of(x, rows) for x in (mask, bias))
-            bias = None if bias is None else bias.masked_fill(~mask, 0.0)
-            allowed = allowed & mask
-        if seen.exclude_self:
-            own = key == place
-            others = allowed & ~own
-            allowed = others | (allowed & own & ~others.any(-1, keepdim=True))
-        return allowed, bias
-
-
-def _rows_of(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    mask = mask[(None,) * (4 - mask.dim())]
-    return mask if mask.shape[2] == 1 else mask[:, :, rows]
 
 
 def _lowest(score: Tensor) -> float:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
+from ..causal import CachedGenerationMixin, names_of, refuse_misspelt
+from ..placing import CACHE_FIELD
 from .configuration_lgt import LGTConfig
-from .modeling_lgt import CACHE_FIELD, LGTModel, LGTPreTrainedModel
-from .visibility import is_traced
+from .modeling_lgt import LGTModel, LGTPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-_OWN = tuple(inspect.signature(LGTModel.forward).parameters)
+_OWN = names_of(LGTModel.forward)
 
 
 @dataclass
@@ -28,7 +27,7 @@ class LGTCausalLMOutput(CausalLMOutputWithPast):
     masses: tuple[Tensor, ...] | None = None
 
 
-class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
+class LGTForCausalLM(LGTPreTrainedModel, CachedGenerationMixin):
     """A language model: next-token logits `[B, T, V]`.
 
     With `config.is_causal=False` it is the published, bidirectional model, which sees the tokens
@@ -48,30 +47,6 @@ class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.has_head_bias)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
-    @staticmethod
-    def create_masks_for_generate(
-        attention_mask: Tensor | None = None, **arguments: Any
-    ) -> Tensor | None:
-        """The padding mask over a whole cache of fixed size; the model makes the rest itself."""
-        cache = arguments.get("cache", arguments.get("past_key_values"))
-        if attention_mask is None or attention_mask.dim() != 2:
-            return attention_mask
-        missing = cache.get_max_length(0) - attention_mask.shape[1]
-        # Ones, which a causal model does not see until a token stands there.
-        return nn.functional.pad(attention_mask, (0, max(0, missing)), value=1)
-
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> Any:
@@ -82,9 +57,6 @@ class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
-
-    def _get_static_cache_init_shape(self) -> None:
-        """None: keys are masses, one per head, which the cache learns from the first ones."""
 
     @can_return_tuple
     def forward(
@@ -115,7 +87,7 @@ class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
         Raises:
             TypeError: a name that is nearly one of an LGT's.
         """
-        _refuse_misspelt(kwargs)
+        refuse_misspelt("LGTForCausalLM", kwargs, _OWN)
         if labels is not None and not self.config.is_causal:
             logger.warning_once(
                 "LGTForCausalLM: config.is_causal is False, so the model sees the tokens that it "
@@ -135,13 +107,7 @@ class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         hidden = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+        logits, loss = self.logits_and_loss(hidden, labels, logits_to_keep, kwargs)
         return LGTCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -150,11 +116,3 @@ class LGTForCausalLM(LGTPreTrainedModel, GenerationMixin):
             masses=outputs.masses,
             **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
         )
-
-
-def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
-    """A mask under a name that nobody reads would be lost without a word."""
-    for name in () if is_traced() else kwargs:
-        near = difflib.get_close_matches(name, _OWN, n=1, cutoff=0.9)
-        if near:
-            raise TypeError(f"LGTForCausalLM: expected {near[0]}, got {name}: a misspelt name?")

@@ -17,14 +17,13 @@ from torch import Tensor
 from ..converting import (
     check_target,
     check_weights,
-    core_sizes,
-    core_state,
     load_strictly,
     plain_config_errors,
     read_published,
     rows_of,
     write_folder,
 )
+from ..published_lgt import core_sizes, core_state
 from .causal_lgt import LGTForCausalLM
 from .configuration_lgt import LGT_PRESETS, LGTConfig
 from .modeling_lgt import LGTModel, LGTPreTrainedModel

@@ -12,9 +12,9 @@ from ...layers.positions import CurvedPositionEmbedding, FractalPositionEmbeddin
 from ...ops.curvature import Curvature
 from ...ops.distances import inverse_distances
 from ...ops.reference import compute_dtype
+from ..visibility import Visibility, is_traced
 from .law import Law
 from .placing import Tokens
-from .visibility import Visibility, is_traced
 
 # Above this many keys distances are computed block by block from the positions themselves. So they
 # are from fewer keys on where the batch is small: a table must not outweigh what the sequences need

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..implementations import implementation_of
 from .configuration_lgt import LGTConfig
-
-# What transformers calls an attention implementation, as the operator knows it. None: what
-# `config.implementation` says.
-_IMPLEMENTATIONS = {None: None, "sdpa": None, "eager": "reference", "flex_attention": "flex"}
 
 
 class Law(NamedTuple):
@@ -46,14 +43,5 @@ class Law(NamedTuple):
             float(known["event_horizon"]),
             float(known["softening"]),
             config.length_unit,
-            implementation_of(config),
+            implementation_of(config, "an LGT"),
         )
-
-
-def implementation_of(config: LGTConfig) -> str:
-    """The operator's implementation that the model's attention implementation stands for."""
-    name = config._attn_implementation
-    if name not in _IMPLEMENTATIONS:
-        known = [x for x in _IMPLEMENTATIONS if x]
-        raise ValueError(f"attn_implementation: an LGT has {known}, got {name!r}")
-    return _IMPLEMENTATIONS[name] or config.implementation

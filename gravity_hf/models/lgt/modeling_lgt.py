@@ -12,21 +12,19 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ...layers.float32 import Float32
 from ...layers.positions import CurvedPositionEmbedding, FractalPositionEmbedding
 from ..checkpointing import refuse_reentrant
-from .attention import Float32, LGTAttention, LGTGravity
+from ..placing import CACHE_FIELD, documents_of
+from ..visibility import is_traced
+from .attention import LGTAttention, LGTGravity
 from .block import LGTBlock
 from .configuration_lgt import LGTConfig
 from .geometry import Geometry, TableCache, geometry_of_places, geometry_of_positions
 from .growing import add_layer
 from .law import Law
-from .placing import Tokens, documents_of, place_tokens
-from .visibility import is_traced
+from .placing import Tokens, place_tokens
 
-# transformers 5.24 has another name for what a model's output calls `past_key_values`.
-CACHE_FIELD = next(
-    name for name in ("cache", "past_key_values") if name in BaseModelOutputWithPast.__annotations__
-)
 # Gain of every linear map of a new model, as published.
 _GAIN = 0.1
 

@@ -9,13 +9,9 @@ from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..placing import CACHE_FIELD
 from .configuration_trimodel import TriModelConfig
 from .modeling_trimodel import Streams, TriModel, TriPreTrainedModel
-
-# transformers 5.24 has another name for what a model's output calls `past_key_values`.
-_CACHE_FIELD = next(
-    name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__
-)
 
 
 class TriModelForCausalLM(TriPreTrainedModel, GenerationMixin):
@@ -59,18 +55,6 @@ class TriModelForCausalLM(TriPreTrainedModel, GenerationMixin):
         ):
             unused.requires_grad_(False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -134,7 +118,7 @@ class TriModelForCausalLM(TriPreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, **{_CACHE_FIELD: world.get(_CACHE_FIELD)}
+            loss=loss, logits=logits, **{CACHE_FIELD: world.get(CACHE_FIELD)}
         )
 
     def _get_static_cache_init_shape(self) -> None:

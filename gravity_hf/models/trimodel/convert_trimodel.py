@@ -17,14 +17,13 @@ from ...layers.fusion import STREAMS
 from ..converting import (
     check_target,
     check_weights,
-    core_sizes,
-    core_state,
     load_strictly,
     plain_config_errors,
     read_published,
     rows_of,
     write_folder,
 )
+from ..published_lgt import core_sizes, core_state
 from .configuration_trimodel import DEFAULT_STREAMS, TriModelConfig
 from .modeling_trimodel import TriModel
 

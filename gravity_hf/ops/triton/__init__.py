@@ -28,9 +28,10 @@ def triton_refusal(
     mask: Tensor | None = None,
     width: int = 0,
     softcap: float | None = None,
+    vectors: torch.dtype | None = None,
 ) -> str | None:
     """Why the kernels cannot serve a call, as a clause; None where they can. `width`: the larger of
-    D and Dv."""
+    D and Dv; `vectors`: the dtype of q and k where that is not `dtype`."""
     if not _INSTALLED:
         return "triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET", "0") != "1":
@@ -41,7 +42,7 @@ def triton_refusal(
             return problem
     if dtype == torch.float64:
         return "the dtype is torch.float64, and the kernels compute in float32"
-    if not fits(dtype, width, device):
+    if not fits(dtype, width, device, vectors):
         return f"no tile of heads {width} wide in {dtype} fits its memory"
     if softcap is not None:
         return _SOFTCAP

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def gravity_attention_triton(
     key_radius_sq: Tensor | None = None,
     query_mass: Tensor | None = None,
     key_mass: Tensor | None = None,
+    log_key_mass: Tensor | None = None,
     head_bias: Tensor | None = None,
     repulsive: bool = False,
     cutoff: Any = None,
@@ -56,7 +58,10 @@ def gravity_attention_triton(
     key_term = None
     if key_mass is not None:
         key_mass = key_mass.float()
-        key_term = (key_mass.log() if law == "power" else key_mass).contiguous()
+        key_term = (key_mass.log2() if law == "power" else key_mass).contiguous()
+    elif log_key_mass is not None:
+        # In units of log2 e, as scores are.
+        key_term = (log_key_mass.float() * math.log2(math.e)).contiguous()
     sink = None
     if sinks is not None:
         sink = sink_scores(q, strength, eps, law, key_radius_sq, sinks, v.shape[1])

@@ -63,8 +63,11 @@ def backward(
         grads = {"q": grad_q, "k": grad_k, "v": grad_v, "key_term": grad_key_term}
         return Gradients(**{**dict.fromkeys(Gradients._fields), **grads, "sink": grad_sink})
 
+    # One kernel for all planes; those that nobody wrote are not read below.
+    totals = row_sums.sum((1, 3))
+
     def per_head(plane: int) -> Tensor:
-        return row_sums[plane].sum((0, 2))
+        return totals[plane]
 
     grad_radius = grad_radius_sq = grad_eps = None
     if problem.eps is not None and sums == 2:

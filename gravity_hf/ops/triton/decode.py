@@ -18,14 +18,17 @@ from torch import Tensor
 
 from .problem import interpreted
 from .score import (
+    EXCLUDED,
     LOG2E,
     add_sink,
     capped,
     curved,
+    general_scores,
     logarithm,
     power_of_two,
     product,
     reciprocal,
+    told_apart,
 )
 
 MAX_QUERIES = 16
@@ -68,6 +71,12 @@ def decode_attention(
     window: int | None = None,
     key_ranges: Tensor | None = None,
     sink: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    repulsive: bool = False,
+    cutoff: str = "none",
+    radius: Tensor | None = None,
+    cutoff_width: float = 1.0,
+    exclude_self: bool = False,
     max_force: float = math.inf,
     cap: str = "clamp",
     kappa: float | None = None,
@@ -77,13 +86,16 @@ def decode_attention(
     """`softmax_j(score_ij) v_j` for few queries, without gradient; see `..api.gravity_attention`.
 
     Args:
-        q: `[B, H, Tq, D]`, with `serves_decoding(Tq, H, Hkv, max(D, Dv))`; float32 or half.
+        q: `[B, H, Tq, D]`, with `serves_decoding(Tq, H, Hkv, max(D, Dv))`; q and k are float32, or
+            all three are of one half precision.
         k, v: `[B, Hkv, Tk, D]`, `[B, Hkv, Tk, Dv]`, any strides: a cache is read in place.
         strength: `M^2` `[H]`; eps `[H]`, key_radius_sq `[Hkv]`, query_mass `[B, H, Tq]` likewise.
-        key_term: `[B, H, Tk]`, `b_j` (law "force") or `ln b_j` (law "power").
+        key_term: `[B, H, Tk]`, `b_j` (law "force") or `log2 b_j` (law "power").
         mask, causal, window, key_ranges: which keys a row sees. Keys outside of all `key_ranges`,
             the window and the triangle are not read, so a static cache costs what is in it.
         sink: the score of the row's sink, `[B, H, Tq]` in float32.
+        head_bias, repulsive, exclude_self: as in the API; head_bias `[H]`.
+        cutoff, radius, cutoff_width: kind ("none": there is none), `[H]` and width of a cutoff.
         max_force, cap: the score's ceiling, "clamp" or "tanh"; infinite: none. Law "force".
         kappa, horizon: see `score.curved`; None: distances are not curved.
         tiling: overrides `choose_tiling`.
@@ -106,7 +118,7 @@ def decode_attention(
     tiles, rows = batch * kv_heads, groups * queries
     if tiling is None:
         reach = keys if window is None else min(keys, (window + queries) * (1 if causal else 2))
-        tiling = choose_tiling(tiles, rows, reach, width, value_width, k.dtype, q.device)
+        tiling = choose_tiling(tiles, rows, reach, width, value_width, v.dtype, q.device, k.dtype)
     merged = tiling.splits > 1
     partial, stats = out, None
     if merged:
@@ -124,17 +136,19 @@ def decode_attention(
             q, k, v, partial, stats,
             strength.contiguous(), eps.contiguous(),
             None if key_radius_sq is None else key_radius_sq.contiguous(),
-            query_mass, key_term, mask, key_ranges, None if merged else sink,
+            query_mass, key_term, mask, key_ranges, None if merged else sink, head_bias, radius,
             *q.stride(), *k.stride(), *v.stride(),
             *_strides(query_mass, 3), *_strides(key_term, 3),
             *_strides(mask, 4), *_strides(key_ranges, 3),
             keys, tiling.splits, window, hidden_below, max_force, kappa or 0.0, horizon,
+            cutoff_width,
             KV_HEADS=kv_heads, GROUPS=groups, QUERIES=queries,
             WIDTH=width, VALUE_WIDTH=value_width,
             BLOCK_ROWS=max(16, triton.next_power_of_2(rows)), BLOCK_KEYS=tiling.block_keys,
             BLOCK_WIDTH=_padded(width), BLOCK_VALUE_WIDTH=_padded(value_width),
-            FORCE=law == "force", CAP="none" if max_force == math.inf else cap,
-            CURVED=kappa is not None, CAUSAL=causal,
+            LAW=law, CAP="none" if max_force == math.inf else cap, CURVED=kappa is not None,
+            GENERAL=repulsive or head_bias is not None or radius is not None,
+            REPULSIVE=repulsive, CUTOFF=cutoff, EXCLUDE_SELF=exclude_self, CAUSAL=causal,
             BOOL_MASK=mask is not None and not mask.is_floating_point(), MERGED=merged,
             PRECISION="ieee" if k.dtype == torch.float32 else "tf32",
             NATIVE=not interpreted(),
@@ -162,12 +176,14 @@ def choose_tiling(
     value_width: int,
     dtype: torch.dtype,
     device: torch.device,
+    vectors: torch.dtype | None = None,
 ) -> Tiling:
-    """For `tiles` = batch size times key heads, each with `keys` keys and `rows` rows. Reads
+    """For `tiles` = batch size times key heads, each with `keys` keys and `rows` rows. `dtype` is
+    that of values, and of keys unless `vectors` is given. Reads
     nothing on the device, so a static cache is split by its allocated length; the kernel then
     divides what is valid evenly."""
     processors, shared_bytes = _device_limits(device)
-    key_bytes = (_padded(width) + _padded(value_width)) * dtype.itemsize
+    key_bytes = _padded(width) * (vectors or dtype).itemsize + _padded(value_width) * dtype.itemsize
     # Programs that fit an SM: together they keep some 64 kB of loads on their way, which is what
     # the latency of an H100's or H200's memory asks for.
     together = 2
@@ -270,7 +286,7 @@ def _visible_range(
 )  # fmt: skip
 def _decode_kernel(
     q, k, v, partial, stats, strength, eps, key_radius_sq, query_mass, key_term, mask, key_ranges,
-    sink,
+    sink, head_bias, radius,
     stride_qb, stride_qh, stride_qi, stride_qd,
     stride_kb, stride_kh, stride_kj, stride_kd,
     stride_vb, stride_vh, stride_vj, stride_vd,
@@ -278,13 +294,14 @@ def _decode_kernel(
     stride_tb, stride_th, stride_tj,
     stride_mb, stride_mh, stride_mi, stride_mj,
     stride_rb, stride_ri, stride_re,
-    keys, splits, window, hidden_below, ceiling, kappa, horizon,
+    keys, splits, window, hidden_below, ceiling, kappa, horizon, cutoff_width,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE_WIDTH: tl.constexpr,
-    FORCE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr,
-    CAUSAL: tl.constexpr, BOOL_MASK: tl.constexpr,
+    LAW: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr, GENERAL: tl.constexpr,
+    REPULSIVE: tl.constexpr, CUTOFF: tl.constexpr, EXCLUDE_SELF: tl.constexpr, CAUSAL: tl.constexpr,
+    BOOL_MASK: tl.constexpr,
     MERGED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one key head, for all its rows (row = head in group, query).
@@ -293,6 +310,9 @@ def _decode_kernel(
     otherwise `partial` is the output `[B, H, Tq, Dv]`.
     """
     ROWS: tl.constexpr = GROUPS * QUERIES
+    FORCE: tl.constexpr = LAW == "force"
+    HAS_A: tl.constexpr = query_mass is not None
+    HAS_B: tl.constexpr = 0 if key_term is None else 1 if FORCE else 2
     program = tl.program_id(0)
     tile = program // splits
     split = program % splits
@@ -325,11 +345,21 @@ def _decode_kernel(
         query_sq += tl.load(key_radius_sq + kv_head).to(tl.float32)
     softening = tl.load(eps + head, mask=real, other=1.0).to(tl.float32)
     scale = tl.load(strength + head, mask=real, other=0.0).to(tl.float32)
-    if query_mass is not None:
+    query_factor = tl.full([BLOCK_ROWS], 1.0, tl.float32)
+    if HAS_A:
         masses = query_mass + batch * stride_ab + head * stride_ah + query * stride_ai
-        scale *= tl.load(masses, mask=real, other=0.0).to(tl.float32)
-    if FORCE and CAP == "none":
-        scale *= LOG2E
+        query_factor = tl.load(masses, mask=real, other=0.0).to(tl.float32)
+    bias = 0.0
+    radius_sq = 0.0
+    if head_bias is not None:
+        bias = tl.load(head_bias + head, mask=real, other=0.0)[None, :]
+    if CUTOFF != "none":
+        radius_sq = tl.load(radius + head, mask=real, other=1.0)[None, :]
+        radius_sq = radius_sq * radius_sq
+    if not GENERAL:
+        scale *= query_factor
+        if FORCE and CAP == "none":
+            scale *= LOG2E
 
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh
@@ -350,25 +380,37 @@ def _decode_kernel(
         softened = product(k_tile, tl.trans(q_tile), softened, PRECISION, NATIVE) * -2.0
         if key_radius_sq is None:
             k_float = k_tile.to(tl.float32)
-            softened += tl.sum(k_float * k_float, 1)[:, None] + query_sq[None, :]
+            lengths = tl.sum(k_float * k_float, 1)[:, None] + query_sq[None, :]
+            softened += lengths
         else:
             softened += query_sq[None, :]
         softened = tl.maximum(softened, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if CURVED:
             softened = curved(softened, kappa, horizon, NATIVE)
+        elif GENERAL and key_radius_sq is None:
+            softened = told_apart(softened, 0.0, lengths)
         softened += softening[None, :]
-        if FORCE:
-            score = scale[None, :] * reciprocal(softened, NATIVE)
-        else:
-            score = -scale[None, :] * logarithm(softened, NATIVE)
         pair = inside[:, None] & real[None, :]
-        if key_term is not None:
+        term = 1.0
+        if HAS_B:
             terms = key_term + batch * stride_tb + head[None, :] * stride_th
             term = tl.load(terms + key[:, None] * stride_tj, mask=pair, other=0.0).to(tl.float32)
-            score = score * term if FORCE else score + term * LOG2E
-        if CAP != "none":
-            score, _ = capped(score, ceiling, CAP)
-            score *= LOG2E
+        if GENERAL:
+            score = general_scores(
+                softened, softening[None, :], scale[None, :], query_factor[None, :], term, bias,
+                radius_sq, cutoff_width, ceiling, LAW, HAS_A, HAS_B, head_bias is not None,
+                REPULSIVE, CAP, CUTOFF, NATIVE,
+            )  # fmt: skip
+        else:
+            if FORCE:
+                score = scale[None, :] * reciprocal(softened, NATIVE)
+            else:
+                score = -scale[None, :] * logarithm(softened, NATIVE)
+            if HAS_B:
+                score = score * term if FORCE else score + term
+            if CAP != "none":
+                score, _ = capped(score, ceiling, CAP)
+                score *= LOG2E
         visible = (key[:, None] >= first[None, :]) & (key[:, None] < last[None, :])
         if mask is not None:
             entries = mask + batch * stride_mb + head[None, :] * stride_mh
@@ -377,9 +419,15 @@ def _decode_kernel(
             if BOOL_MASK:
                 visible = visible & (entry != 0)
             else:
-                bias = entry.to(tl.float32)
-                visible = visible & (bias > hidden_below)
-                score += tl.where(visible, bias, 0.0) * LOG2E
+                added = entry.to(tl.float32)
+                visible = visible & (added > hidden_below)
+                score += tl.where(visible, added, 0.0) * LOG2E
+        if EXCLUDE_SELF:
+            position = query + (keys - QUERIES)
+            score = tl.where(key[:, None] == position[None, :], EXCLUDED, score)
+        if CUTOFF == "hard":
+            # What is no number is not beyond.
+            score = tl.where(softened - softening[None, :] > radius_sq, float("-inf"), score)
         score = tl.where(visible, score, float("-inf"))
 
         higher = tl.maximum(maximum, tl.max(score, 0))

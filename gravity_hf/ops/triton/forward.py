@@ -15,25 +15,33 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Problem, aligned, block_of, tiles, vectors
+from .reach import reach_arguments
 from .score import (
     EXCLUDED,
     LOG2E,
     add_sink,
+    column_keys,
     curved,
+    drawn,
     general_scores,
-    kept_weights,
+    inner_product,
+    kept,
     logarithm,
     plain_scores,
     power_of_two,
     product,
     reciprocal,
+    row_keys,
     scaled_sum,
+    told_apart,
     unit_of,
 )
 from .tiles import forward_tiles
 from .vectors import load_vectors, vectors_row
 from .visible import key_span, load_mask, load_ranges, visible_pairs
 
+# Planes of what the backward reads, without dropout.
+SAVED = 3
 # Weights up to 2^80: sums of 2^20 keys times values of 2^20 still fit float32.
 BOUNDED_SPAN = tl.constexpr(160.0)
 
@@ -86,20 +94,25 @@ def tile_of(pid, blocks, batch_heads, heads_together):
 
 @triton.jit
 def attend_tiles(
-    acc, total, peak, low, high, q, k_desc, v_desc, batch, head, kv_head, batch_head, norm_row,
-    rows, query_term, offset, slope, floor, strength, eps, key_sq, key_scale, a, key_term, bias,
-    radius_sq, width, ceiling, kappa, horizon, table, table_batch, table_stride, start, stop, shift,
-    window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout,
-    LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
+    acc, total, peak, low, high, order, q, k_desc, v_desc, batch, head, kv_head, batch_head,
+    norm_row, rows, query_term, offset, slope, floor, strength, eps, key_sq, key_scale, a, key_term,
+    bias, radius_sq, width, ceiling, kappa, horizon, table, table_batch, table_stride, start, stop,
+    shift, window, queries, keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, row_key,
+    dropout, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
     HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr,
     CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr, SHARED: tl.constexpr, ONLINE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
-    NATIVE: tl.constexpr,
+    MASKED: tl.constexpr, SHARED: tl.constexpr, SKIPS: tl.constexpr, ONLINE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):
-    """Adds keys `low .. high` to the running sums of a tile of rows."""
-    for first in tl.range(low, high, BLOCK_N):
+    """Adds keys `low .. high` to the running sums of a tile of rows. SKIPS: `low .. high` are
+    places in `order`, a list of tiles."""
+    STEP: tl.constexpr = 1 if SKIPS else BLOCK_N
+    for place in tl.range(low, high, STEP):
+        first = place
+        if SKIPS:
+            first = tl.load(order + place) * BLOCK_N
         first = tl.multiple_of(first, BLOCK_N)
         columns = first + tl.arange(0, BLOCK_N)
         if LAW == "table":
@@ -112,7 +125,7 @@ def attend_tiles(
                 norm = key_sq.load([norm_row, first]).reshape(BLOCK_N)
             k = load_vectors(k_desc, batch, kv_head, first, SHARED, BLOCK_N, BLOCK_D)
             zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            inner = product(q, k.T, zeros, PRECISION, NATIVE)
+            inner = inner_product(q, k, zeros, PRECISION, NATIVE)
             if LIFTED:
                 softened = inner * slope + query_term[:, None]
             else:
@@ -121,38 +134,40 @@ def attend_tiles(
                 )
                 softened = inner * slope + term
             softened = tl.maximum(softened, floor, propagate_nan=tl.PropagateNan.ALL)
+            if not PLAIN and not LIFTED and not CURVED:
+                softened = told_apart(softened, floor, term)
             if CURVED:
                 softened = curved(softened, kappa, horizon, NATIVE) + eps
+        b = 1.0
+        if HAS_B:
+            b = key_term.load([batch_head, first]).reshape(1, BLOCK_N)
         if PLAIN:
             score = plain_scores(softened, strength, LAW == "power", NATIVE)
-        else:
-            b = 1.0
             if HAS_B:
-                b = tl.load(key_term + columns, mask=columns < keys, other=1.0)[None, :]
+                score += b
+        else:
             score = general_scores(
                 softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A, HAS_B,
-                HAS_BIAS, REPULSIVE, CAP, CUTOFF,
+                HAS_BIAS, REPULSIVE, CAP, CUTOFF, NATIVE,
             )
         if MASKED:
             seen = visible_pairs(
                 rows[:, None], columns[None, :], columns[None, :], start[:, None], stop[:, None],
-                shift, window, queries, keys, CAUSAL, WINDOW, RANGES,
+                shift, window, keys, CAUSAL, WINDOW, RANGES,
             )
             if MASK != "none":
                 seen, added = load_mask(
-                    mask, batch, head, rows[:, None], columns[None, :], seen, mask_b, mask_h,
-                    mask_row, mask_column, mask_lowest, MASK,
+                    mask, batch, head, rows[:, None], columns[None, :], seen, queries, keys, mask_b,
+                    mask_h, mask_row, mask_column, mask_lowest, MASK,
                 )
                 if MASK == "float":
                     score += added * LOG2E
         if EXCLUDE_SELF and MASKED:
             score = tl.where(columns[None, :] == rows[:, None] + shift, EXCLUDED, score)
         if CUTOFF == "hard":
-            within = softened - eps <= radius_sq
-            if MASKED:
-                within = within & seen
-            score = tl.where(within, score, -float("inf"))
-        elif MASKED and ONLINE:
+            # What is no number is not beyond.
+            score = tl.where(softened - eps > radius_sq, -float("inf"), score)
+        if MASKED and ONLINE:
             score = tl.where(seen, score, -float("inf"))
         if ONLINE:
             highest = tl.maximum(peak, tl.max(score, 1))
@@ -169,9 +184,9 @@ def attend_tiles(
                 weight = tl.where(seen, weight, 0.0)
         total += tl.sum(weight, 1)
         if DROPOUT:
-            weight *= kept_weights(
-                seed, dropout, batch_head, rows[:, None], columns[None, :], queries, keys
-            )
+            column_key, upper = column_keys(first, BLOCK_N)
+            draw = drawn(row_key[:, None], column_key[None, :], upper[None, :])
+            weight = kept(weight, draw, dropout, NATIVE)
         v = v_desc.load([batch, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_V)
         acc = product(weight.to(v.dtype), v, acc, PRECISION, NATIVE)
     return acc, total, peak
@@ -183,14 +198,14 @@ def forward_kernel(
     query_mass, key_term, head_bias, radius, table, sink, table_batch, table_stride, width, ceiling,
     kappa, horizon, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column,
     mask_lowest, seed_at, dropout, out_b, out_h, out_row, batches, heads, kv_heads, queries, keys,
-    shift, window, value_width, padded, saved_plane, heads_together, LAW: tl.constexpr,
-    PLAIN: tl.constexpr, BOUNDABLE: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr,
-    CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
-    SHARED: tl.constexpr, HAS_SINK: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
-    NATIVE: tl.constexpr,
+    shift, window, value_width, padded, saved_plane, heads_together, order, counts, listed,
+    LAW: tl.constexpr, PLAIN: tl.constexpr, BOUNDABLE: tl.constexpr, LIFTED: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
+    CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    DROPOUT: tl.constexpr, SHARED: tl.constexpr, SKIPS: tl.constexpr, HAS_SINK: tl.constexpr,
+    SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):
     blocks = tl.cdiv(queries, BLOCK_M)
     block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
@@ -220,8 +235,6 @@ def forward_kernel(
     a = 1.0
     if HAS_A:
         a = tl.load(query_mass + per_row, mask=row_valid, other=1.0)[:, None]
-    if HAS_B:
-        key_term += batch_head.to(tl.int64) * keys
 
     offset = tl.zeros([BLOCK_M], tl.float32)
     query_sq = tl.zeros([BLOCK_M], tl.float32)
@@ -257,15 +270,19 @@ def forward_kernel(
             span = tl.max(tl.where(row_valid, top - lowest, 0.0), 0)
             bounded = (span <= BOUNDED_SPAN).to(tl.int32)
 
-    seed = 0
+    row_key = 0
     if DROPOUT:
-        seed = tl.load(seed_at)
+        row_key = row_keys(tl.load(seed_at), per_row)
     start, stop = load_ranges(ranges, batch, rows, row_valid, ranges_b, ranges_row, RANGES)
     last_row = tl.minimum(first_row + BLOCK_M, queries) - 1
     low, full_low, full_high, high = key_span(
         first_row, last_row, start, stop, shift, window, keys, CAUSAL, WINDOW, RANGES, MASK,
         EXCLUDE_SELF, BLOCK_N,
     )
+    if SKIPS:
+        tile = batch_head * blocks + block
+        order += tile.to(tl.int64) * listed
+        listed = tl.load(counts + tile)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -278,7 +295,7 @@ def forward_kernel(
             if chosen:
                 for part in tl.static_range(3):
                     # Masked keys before those that every row sees, these, masked keys after them.
-                    if part > 0 or WINDOW or RANGES:
+                    if part == 2 or (not SKIPS and (part == 1 or WINDOW or RANGES)):
                         part_low = low
                         part_high = full_low
                         if part == 1:
@@ -287,16 +304,20 @@ def forward_kernel(
                         if part == 2:
                             part_low = full_high
                             part_high = high
+                        if SKIPS:
+                            part_low = 0
+                            part_high = listed
                         acc, total, peak = attend_tiles(
-                            acc, total, peak, part_low, part_high, q, k_desc, v_desc, batch, head,
-                            kv_head, batch_head, norm_row, rows, query_term, offset, -2.0 / unit,
-                            floor, head_strength, head_eps, key_sq, 1.0 / unit, a, key_term, bias,
-                            radius_sq, width, ceiling, kappa, horizon, table, table_batch,
-                            table_stride, start, stop, shift, window, queries, keys, mask, mask_b,
-                            mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW, PLAIN,
-                            LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, CAUSAL,
-                            WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT, part != 1, SHARED,
-                            code == 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION, NATIVE,
+                            acc, total, peak, part_low, part_high, order, q, k_desc, v_desc, batch,
+                            head, kv_head, batch_head, norm_row, rows, query_term, offset,
+                            -2.0 / unit, floor, head_strength, head_eps, key_sq, 1.0 / unit, a,
+                            key_term, bias, radius_sq, width, ceiling, kappa, horizon, table,
+                            table_batch, table_stride, start, stop, shift, window, queries, keys,
+                            mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, row_key,
+                            dropout, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, CAP,
+                            CURVED, CUTOFF, CAUSAL, WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT,
+                            part != 1, SHARED, SKIPS, code == 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+                            PRECISION, NATIVE,
                         )
     base = peak
     if BOUNDABLE:
@@ -308,6 +329,8 @@ def forward_kernel(
         acc *= shrink[:, None]
     alive = total > 0
     inverse = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
+    if DROPOUT:
+        inverse *= 1.0 / (1.0 - dropout)
     acc = acc * inverse[:, None]
     columns = tl.arange(0, BLOCK_V)
     at = out + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
@@ -324,6 +347,9 @@ def forward_kernel(
         rest = tl.where(alive, tl.log2(tl.where(alive, total, 1.0)) - (value - base), 0.0)
         tl.store(saved + saved_plane + padded_row, rest, mask=row_valid)
         tl.store(saved + 2 * saved_plane + padded_row, query_sq, mask=row_valid)
+        if DROPOUT:
+            bits = row_key.to(tl.float32, bitcast=True)
+            tl.store(saved + 3 * saved_plane + padded_row, bits, mask=row_valid)
 
 
 # fmt: on
@@ -356,15 +382,15 @@ def squared_norms(k: Tensor) -> Tensor:
 def forward(problem: Problem, saved: Tensor | None, sizes: dict | None = None) -> Tensor:
     """Output `[B, H, Tq, Dv]`, laid out `[B, Tq, H, Dv]` in memory, as models go on with it.
 
-    Fills `saved` `[3, B, H, T']` where given, `T'` being `Tq` rounded up to 4, with what the
-    backward needs to compute the same weights again: the base-2 logarithm of each row's sum of
-    weights, what float32 lost of it, and `|q_i|^2`.
+    Fills `saved` `[SAVED or SAVED + 1, B, H, T']` where given, `T'` being `Tq` rounded up to 4,
+    with what the backward needs to compute the same weights again: the base-2 logarithm of each
+    row's sum of weights, what float32 lost of it, `|q_i|^2`, and with dropout the row's bits.
     """
     v = aligned(problem.v)
     out = torch.empty_strided(*problem.layout(), dtype=v.dtype, device=v.device)
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
     flags = problem.flags()
-    sizes = sizes or forward_tiles(v.dtype, max(block_d, block_v), problem.plain, v.device)
+    sizes = sizes or forward_tiles(problem.widths, problem.plain, v.device)
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     v_tiles = tiles(v, columns, block_v)
     key_sq, key_sq_max = v_tiles, problem.strength
@@ -390,7 +416,7 @@ def forward(problem: Problem, saved: Tensor | None, sizes: dict | None = None) -
         problem.strength if saved is None else saved,
         key_sq=key_sq,
         key_sq_max=key_sq_max,
-        **problem.terms(),
+        **{**problem.terms(), **problem.key_terms(columns)},
         **problem.sink_terms(),
         **visibility,
         **problem.sizes(),
@@ -404,6 +430,7 @@ def forward(problem: Problem, saved: Tensor | None, sizes: dict | None = None) -
         padded=0 if saved is None else saved.shape[3],
         saved_plane=0 if saved is None else saved.stride(0),
         heads_together=problem.heads_together(),
+        **reach_arguments(problem, rows, columns),
         BOUNDABLE=problem.boundable,
         SAVE=saved is not None,
         BLOCK_D=block_d,

@@ -21,7 +21,6 @@ from .problem import (
     block_of,
 )
 from .score import (
-    EXCLUDED,
     LN2,
     LOG2E,
     curved,
@@ -31,6 +30,7 @@ from .score import (
     plain_scores,
     power_of_two,
     reciprocal,
+    told_apart,
 )
 from .visible import (
     load_mask,
@@ -75,18 +75,18 @@ def narrow(x, like: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit
 def pair_gradients(
-    weight, grad_weight, score, softened, bend, eps, floor, strength, a, b, bias, radius_sq, width,
-    ceiling, kappa, horizon, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
+    c, weight, grad_weight, score, softened, bend, eps, floor, strength, a, b, bias, radius_sq,
+    width, ceiling, kappa, horizon, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
     CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr, NATIVE: tl.constexpr,
 ):
-    """dL/d(squared distance) of every pair from weights and dL/dweight - delta; of the plain laws
-    without the factor of `plain_factor`. Clamped distances get none; `bend` is the slope of a
-    curved one. Then what the sums over rows and columns need: dL/dscore, dL/d(softened distance);
-    the slope `dscore/dn` of the plain laws, without factor, or `w dscore/dn`; and by strength, a,
-    b, bias and radius^2, of which plain laws have none, `w dscore/d...`: times `grad_weight` these
-    are the gradients, and alone their sum over a row is what its mean is."""
-    c = weight * grad_weight
+    """dL/d(squared distance) of every pair from dL/dscore, `c = weight * grad_weight`, where
+    `grad_weight` is dL/dweight - delta (plain laws read only `c`); of the plain laws without the
+    factor of `plain_factor`. Clamped distances get none; `bend` is the slope of a curved one. Then
+    what the sums over rows and columns need: dL/d(softened distance); the slope `dscore/dn` of the
+    plain laws, without factor, or `w dscore/dn`; and by strength, a, b, bias and radius^2, of which
+    plain laws have none (they return `c`), `w dscore/d...`: times `grad_weight` these are the
+    gradients, and alone their sum over a row is what its mean is."""
     if PLAIN:
         if LAW == "power":
             slope = reciprocal(softened, NATIVE)
@@ -96,11 +96,11 @@ def pair_gradients(
         distance = g
         if LIFTED:
             distance = tl.where(softened > floor, g, 0.0)
-        return distance, c, g, slope, c, c, c, c, c
+        return distance, g, slope, c, c, c, c, c
     else:
         slope, d_cutoff, d_strength, d_a, d_b, d_bias, d_radius = general_gradients(
             weight, softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A,
-            HAS_B, HAS_BIAS, REPULSIVE, CAP, CUTOFF,
+            HAS_B, HAS_BIAS, REPULSIVE, CAP, CUTOFF, NATIVE,
         )
         g = slope * grad_weight
         distance = g
@@ -110,7 +110,7 @@ def pair_gradients(
             distance = distance * bend
         elif LAW != "table":
             distance = tl.where(softened > floor, distance, 0.0)
-        return distance, c, g, slope, d_strength, d_a, d_b, d_bias, d_radius
+        return distance, g, slope, d_strength, d_a, d_b, d_bias, d_radius
 
 
 @triton.jit
@@ -136,37 +136,45 @@ def weights_again(
 ):
     """A tile of softened distances, scores and softmax weights from q.k (law "table": from inverse
     distances), and the slope of a curved distance, `bend`. Works in both orientations: per-query
-    and per-key arguments broadcast."""
+    and per-key arguments broadcast.
+
+    A query's own key, where excluded, has weight 0 here, also where it is all that the query sees:
+    its score is a constant."""
     bend = 1.0
     if LAW == "table":
         softened = inner
     else:
         softened = inner * slope + term
         softened = tl.maximum(softened, floor, propagate_nan=tl.PropagateNan.ALL)
+        if not PLAIN and not LIFTED and not CURVED:
+            softened = told_apart(softened, floor, term)
         if CURVED:
             bend = curved_slope(softened, kappa, horizon, NATIVE)
             softened = curved(softened, kappa, horizon, NATIVE) + eps
     if PLAIN:
         score = plain_scores(softened, strength, LAW == "power", NATIVE)
+        shown = score
+        if HAS_B:
+            shown += b
     else:
         score = general_scores(
             softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW, HAS_A, HAS_B,
-            HAS_BIAS, REPULSIVE, CAP, CUTOFF,
+            HAS_BIAS, REPULSIVE, CAP, CUTOFF, NATIVE,
         )
-    shown = score
+        shown = score
     if MASKED:
         seen = visible_pairs(
-            rows, columns, ranged, start, stop, shift, window, queries, keys, CAUSAL, WINDOW, RANGES
+            rows, columns, ranged, start, stop, shift, window, keys, CAUSAL, WINDOW, RANGES
         )
         if MASK != "none":
             seen, added = load_mask(
-                mask, batch, head, rows, columns, seen, mask_b, mask_h, mask_row, mask_column,
-                mask_lowest, MASK,
+                mask, batch, head, rows, columns, seen, queries, keys, mask_b, mask_h, mask_row,
+                mask_column, mask_lowest, MASK,
             )
             if MASK == "float":
                 shown += added * LOG2E
         if EXCLUDE_SELF:
-            shown = tl.where(columns == rows + shift, EXCLUDED, shown)
+            seen &= columns != rows + shift
     exponent = shown - lse
     if EXACT:
         exponent += rest
@@ -174,7 +182,7 @@ def weights_again(
     if MASKED:
         weight = tl.where(seen, weight, 0.0)
     if CUTOFF == "hard":
-        weight = tl.where(softened - eps <= radius_sq, weight, 0.0)
+        weight = tl.where(softened - eps > radius_sq, 0.0, weight)
     return softened, score, weight, bend
 
 
@@ -195,7 +203,7 @@ class Inputs(NamedTuple):
 
 
 def gather_inputs(problem: Problem, out: Tensor, saved: Tensor, grad: Tensor) -> Inputs:
-    """`saved` `[3, B, H, T']`: see `forward.forward`."""
+    """`saved`: see `forward.forward`."""
     q = k = norms = None
     if problem.q is not None:
         q, k = problem.queries_and_keys()
@@ -226,5 +234,5 @@ def common_arguments(problem: Problem) -> dict:
     # In half precision the weights are rounded to 8 or 11 bits afterwards.
     flags = {**problem.flags(), "EXACT": problem.v.dtype == torch.float32}
     visibility = problem.visibility()
-    visibility["seed_at"] = visibility.pop("seed")
+    visibility.pop("seed")
     return {**problem.terms(), **visibility, **problem.sizes(), **flags, "batches": problem.batch}

@@ -26,11 +26,18 @@ from .problem import (
     vectors,
 )
 from .ranges import query_ranges
+from .reach import reach_arguments
 from .score import (
-    kept_weights,
+    EXCLUDED,
+    LN2,
+    column_keys,
+    drawn,
+    inner_product,
+    kept,
     product,
     scaled_sum,
     unit_of,
+    vector_product,
 )
 from .tiles import key_tiles
 from .vectors import load_vectors, vectors_row
@@ -43,24 +50,31 @@ from .visible import (
 # fmt: off
 @triton.jit
 def attend_queries(
-    grad_k, grad_v, distance_sum, mass_sum, low, high, k, v, k_sq, q_desc, grad_desc, saved_desc,
-    delta_desc, pairs, batch, head, batch_head, columns, slope, floor, unit, key_radius, strength,
-    eps, factor, query_mass, b, bias, radius_sq, width, ceiling, kappa, horizon, table, table_batch,
-    table_stride, start, stop, shift, window, queries, keys, mask, mask_b, mask_h, mask_row,
-    mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr, PLAIN: tl.constexpr,
-    LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
-    REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
-    EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
+    grad_k, grad_v, distance_sum, mass_sum, low, high, order, k, v, k_sq, q_desc, grad_desc,
+    saved_desc, delta_desc, pairs, batch, head, batch_head, columns, column_key, upper, slope,
+    floor, unit, key_radius, strength, eps, factor, query_mass, b, bias, radius_sq, width, ceiling,
+    kappa, horizon, table, table_batch, table_stride, start, stop, shift, window, queries, keys,
+    mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, dropout, scale, LAW: tl.constexpr,
+    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr,
+    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
+    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
+    SKIPS: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     """Tiles are `[keys, queries]` here, so that weights are a left operand as they come."""
-    for first in tl.range(low, high, BLOCK_M):
+    STEP: tl.constexpr = 1 if SKIPS else BLOCK_M
+    for place in tl.range(low, high, STEP):
+        first = place
+        if SKIPS:
+            first = tl.load(order + place) * BLOCK_M
         first = tl.multiple_of(first, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         lse = saved_desc.load([batch_head, first]).reshape(BLOCK_M)
+        if MASKED:
+            lse = tl.where(rows < queries, lse, float("inf"))
         rest = 0.0
         if EXACT:
             rest = saved_desc.load([pairs + batch_head, first]).reshape(BLOCK_M)[None, :]
@@ -84,7 +98,7 @@ def attend_queries(
             if not LIFTED:
                 term = scaled_sum(k_sq[:, None], 1.0 / unit, term, BLOCK_N, BLOCK_M)
             q = load_vectors(q_desc, batch, head, first, SHARED, BLOCK_M, BLOCK_D)
-            inner = product(k, q.T, zeros, PRECISION, NATIVE)
+            inner = inner_product(k, q, zeros, PRECISION, NATIVE)
         grad_out = grad_desc.load([batch, head, first, 0]).reshape(BLOCK_M, BLOCK_V)
         grad_weight = product(v, grad_out.T, zeros, PRECISION, NATIVE)
         a = 1.0
@@ -101,50 +115,90 @@ def attend_queries(
         )
         shown = weight
         if DROPOUT:
-            kept = kept_weights(
-                seed, dropout, batch_head, rows[None, :], columns[:, None], queries, keys
-            )
-            shown = weight * kept
-            grad_weight *= kept
+            row_key = saved_desc.load([3 * pairs + batch_head, first]).reshape(BLOCK_M)
+            row_key = row_key.to(tl.uint32, bitcast=True)
+            draw = drawn(row_key[None, :], column_key[:, None], upper[:, None])
+            shown = kept(weight, draw, dropout, NATIVE)
         grad_v = product(shown.to(grad_out.dtype), grad_out, grad_v, PRECISION, NATIVE)
         # `factor` differs between the heads that share these keys: it cannot wait for the end.
-        grad_weight = grad_weight * factor - (delta * factor)[None, :]
-        distance, c, g, d_n, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
-            weight, grad_weight, score, softened, bend, eps, floor, strength, a, b, bias, radius_sq,
-            width, ceiling, kappa, horizon, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE,
-            CAP, CURVED, CUTOFF, NATIVE,
+        delta = (delta * factor)[None, :]
+        if DROPOUT and PLAIN:
+            # So that `draw` need not outlive the product above.
+            c = shown * (grad_weight * (factor * scale)) - weight * delta
+        else:
+            if DROPOUT:
+                grad_weight = kept(grad_weight, draw, dropout, NATIVE) * scale
+            grad_weight = grad_weight * factor - delta
+            c = weight * grad_weight
+        distance, g, d_n, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
+            c, weight, grad_weight, score, softened, bend, eps, floor, strength, a, b, bias,
+            radius_sq, width, ceiling, kappa, horizon, LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS,
+            REPULSIVE, CAP, CURVED, CUTOFF, NATIVE,
         )
-        if EXCLUDE_SELF and MASKED:
-            other = columns[:, None] != rows[None, :] + shift
-            distance = tl.where(other, distance, 0.0)
-            d_b = tl.where(other, d_b, 0.0)
-        if HAS_B:
+        if HAS_B and PLAIN:
+            mass_sum += tl.sum(d_b, 1)
+        elif HAS_B:
             mass_sum += tl.sum(d_b * grad_weight, 1)
         if LAW != "table":
-            rounded, undo = narrow(distance, q.dtype, SCALED)
+            rounded, undo = narrow(distance, grad_out.dtype, SCALED)
             if not LIFTED:
-                distance_sum += tl.sum(rounded.to(tl.float32), 1) * undo
+                # Sixteen times the sum over queries, by tensor cores: see `query_gradients`.
+                ones = tl.full([BLOCK_M, 16], 1.0, grad_out.dtype)
+                if SCALED:
+                    empty = tl.zeros_like(distance_sum)
+                    distance_sum += product(rounded, ones, empty, PRECISION, NATIVE) * undo
+                else:
+                    distance_sum = product(rounded, ones, distance_sum, PRECISION, NATIVE)
             if SCALED:
-                grad_k += product(rounded, q, tl.zeros_like(grad_k), PRECISION, NATIVE) * undo
+                part_sum = vector_product(rounded, q, tl.zeros_like(grad_k), PRECISION, NATIVE)
+                grad_k += part_sum * undo
             else:
-                grad_k = product(rounded, q, grad_k, PRECISION, NATIVE)
+                grad_k = vector_product(rounded, q, grad_k, PRECISION, NATIVE)
     return grad_k, grad_v, distance_sum, mass_sum
 
 
 @triton.jit
+def add_lone_queries(
+    grad_v, saved, saved_plane, padded, grad, grad_b, grad_h, grad_row, batch, head, batch_head,
+    columns, column_key, upper, shift, queries, value_width, dropout, DROPOUT: tl.constexpr,
+    BLOCK_V: tl.constexpr, NATIVE: tl.constexpr,
+):
+    """What keys get from the queries at their own positions that are excluded from them but see no
+    other: the whole gradient of the output. Mostly there are none."""
+    own = columns - shift
+    inside = (own >= 0) & (own < queries)
+    per_row = batch_head.to(tl.int64) * padded + own
+    alone = tl.load(saved + per_row, mask=inside, other=0.0) < 0.5 * EXCLUDED
+    if tl.max(alone.to(tl.int32), 0) > 0:
+        if DROPOUT:
+            bits = tl.load(saved + 3 * saved_plane + per_row, mask=inside, other=0.0)
+            bits = bits.to(tl.uint32, bitcast=True)
+            draw = drawn(bits, column_key, upper)
+            alone = alone & (kept(tl.full(own.shape, 1.0, tl.float32), draw, dropout, NATIVE) > 0)
+        wide = tl.arange(0, BLOCK_V)[None, :]
+        at = grad + batch.to(tl.int64) * grad_b + head.to(tl.int64) * grad_h
+        at = at + own[:, None].to(tl.int64) * grad_row + wide
+        rows = tl.load(at, mask=alone[:, None] & (wide < value_width), other=0.0)
+        grad_v += rows.to(tl.float32)
+    return grad_v
+
+
+@triton.jit
 def key_kernel(
-    q_desc, k_desc, v_desc, grad_desc, saved_desc, delta_desc, key_sq, grad_key, grad_value,
-    grad_mass, strength, eps, key_radius_sq, query_mass, key_term, head_bias, radius, table,
-    table_batch, table_stride, width, ceiling, kappa, horizon, ranges, ranges_b, ranges_row, mask,
-    mask_b, mask_h, mask_row, mask_column, mask_lowest, seed_at, dropout, key_sq_stride, key_split,
-    key_b, key_h, key_row, value_split, value_b, value_h, value_row, batches, heads, kv_heads,
-    queries, keys, shift, window, head_width, value_width, LAW: tl.constexpr, PLAIN: tl.constexpr,
+    q_desc, k_desc, v_desc, grad_desc, saved_desc, delta_desc, saved, saved_plane, padded, grad,
+    grad_b, grad_h, grad_row, key_sq, grad_key, grad_value, grad_mass, strength, eps, key_radius_sq,
+    query_mass, key_term, head_bias, radius, table, table_batch, table_stride, width, ceiling,
+    kappa, horizon, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column,
+    mask_lowest, dropout, key_sq_stride, key_split, key_b, key_h, key_row, value_split, value_b,
+    value_h, value_row, batches, heads, kv_heads, queries, keys, shift, window, head_width,
+    value_width, order, counts, listed, LAW: tl.constexpr, PLAIN: tl.constexpr,
     LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
     REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
-    EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr, SKIPS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     # The first keys have the most queries under a causal mask, and go first.
     pairs = batches * kv_heads * SPLITS
@@ -169,9 +223,10 @@ def key_kernel(
             norm_row = vectors_row(batch, kv_head, kv_heads, SHARED)
             at = key_sq + norm_row.to(tl.int64) * key_sq_stride + columns
             k_sq = tl.load(at, mask=column_valid, other=0.0)
-    seed = 0
+    scale = 1.0
+    column_key, upper = column_keys(first_key, BLOCK_N)
     if DROPOUT:
-        seed = tl.load(seed_at)
+        scale = 1.0 / (1.0 - dropout)
     start, stop = load_ranges(ranges, batch, columns, column_valid, ranges_b, ranges_row, RANGES)
     last_key = tl.minimum(first_key + BLOCK_N, keys) - 1
     low, full_low, full_high, high = query_span(
@@ -180,7 +235,7 @@ def key_kernel(
     )
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    distance_sum = tl.zeros([BLOCK_N], tl.float32)
+    distance_sum = tl.zeros([BLOCK_N, 16], tl.float32)
     group = heads // kv_heads // SPLITS
     for member in tl.range(0, group, num_stages=1):
         head = (kv_head * SPLITS + split) * group + member
@@ -196,7 +251,8 @@ def key_kernel(
             head_eps = tl.load(eps + head)
         if PLAIN:
             unit = unit_of(head_strength, head_eps, LAW == "power", BLOCK_D)
-            factor = plain_factor(head_strength, unit, LAW == "power")
+            # `mass_sum` is divided by it; a head without mass must not lose that.
+            factor = plain_factor(tl.maximum(head_strength, 1e-12), unit, LAW == "power")
         if not CURVED:
             floor = head_eps / unit
         if CUTOFF != "none":
@@ -209,8 +265,10 @@ def key_kernel(
             at = key_term + batch_head.to(tl.int64) * keys + columns
             b = tl.load(at, mask=column_valid, other=1.0)[:, None]
         mass_sum = tl.zeros([BLOCK_N], tl.float32)
+        # Its list, if there is one.
+        tile = batch_head * tl.cdiv(keys, BLOCK_N) + block
         for part in tl.static_range(3):
-            if part > 0 or CAUSAL or WINDOW or RANGES:
+            if part == 2 or (not SKIPS and (part == 1 or CAUSAL or WINDOW or RANGES)):
                 part_low = low
                 part_high = full_low
                 if part == 1:
@@ -219,30 +277,47 @@ def key_kernel(
                 if part == 2:
                     part_low = full_high
                     part_high = high
+                if SKIPS:
+                    part_low = 0
+                    part_high = tl.load(counts + tile)
                 grad_k, grad_v, distance_sum, mass_sum = attend_queries(
-                    grad_k, grad_v, distance_sum, mass_sum, part_low, part_high, k, v, k_sq, q_desc,
-                    grad_desc, saved_desc, delta_desc, batches * heads, batch, head, batch_head,
-                    columns, -2.0 / unit, floor, unit, key_radius, head_strength, head_eps, factor,
+                    grad_k, grad_v, distance_sum, mass_sum, part_low, part_high,
+                    order + tile.to(tl.int64) * listed, k, v, k_sq, q_desc, grad_desc, saved_desc,
+                    delta_desc, batches * heads, batch, head, batch_head, columns, column_key,
+                    upper, -2.0 / unit, floor, unit, key_radius, head_strength, head_eps, factor,
                     query_mass, b, bias, radius_sq, width, ceiling, kappa, horizon, table,
                     table_batch, table_stride, start, stop, shift, window, queries, keys, mask,
-                    mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW, PLAIN,
+                    mask_b, mask_h, mask_row, mask_column, mask_lowest, dropout, scale, LAW, PLAIN,
                     LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, CAUSAL, WINDOW,
-                    RANGES, MASK, EXCLUDE_SELF, DROPOUT, SHARED, part != 1, BLOCK_M, BLOCK_N,
+                    RANGES, MASK, EXCLUDE_SELF, DROPOUT, SHARED, SKIPS, part != 1, BLOCK_M, BLOCK_N,
                     BLOCK_D, BLOCK_V, SCALED, PRECISION, NATIVE, EXACT,
                 )
+        if EXCLUDE_SELF:
+            grad_v = add_lone_queries(
+                grad_v, saved, saved_plane, padded, grad, grad_b, grad_h, grad_row, batch, head,
+                batch_head, columns, column_key, upper, shift, queries, value_width, dropout,
+                DROPOUT, BLOCK_V, NATIVE,
+            )
         if HAS_B:
             at = grad_mass + batch_head.to(tl.int64) * keys + columns
+            if PLAIN:
+                mass_sum /= factor
+            if HAS_B == 2:
+                mass_sum *= LN2
             tl.store(at, mass_sum, mask=column_valid)
     columns_v = tl.arange(0, BLOCK_V)[None, :]
     at = grad_value + split.to(tl.int64) * value_split + batch.to(tl.int64) * value_b
     at = at + kv_head.to(tl.int64) * value_h + columns[:, None].to(tl.int64) * value_row + columns_v
     inside = column_valid[:, None] & (columns_v < value_width)
+    if DROPOUT:
+        grad_v *= scale
     tl.store(at, grad_v.to(grad_value.dtype.element_ty), mask=inside)
     if LAW != "table":
         grad_k = -2.0 * grad_k
         if not LIFTED:
             wide = load_vectors(k_desc, batch, kv_head, first_key, SHARED, BLOCK_N, BLOCK_D)
-            grad_k += 2.0 * distance_sum[:, None] * wide.to(tl.float32)
+            near_sum = tl.sum(distance_sum, 1) * (1.0 / 16)
+            grad_k += 2.0 * near_sum[:, None] * wide.to(tl.float32)
         columns_d = tl.arange(0, BLOCK_D)[None, :]
         at = grad_key + split.to(tl.int64) * key_split + batch.to(tl.int64) * key_b
         at = at + kv_head.to(tl.int64) * key_h + columns[:, None].to(tl.int64) * key_row + columns_d
@@ -259,8 +334,7 @@ def key_gradients(
     """dL/dk, dL/dv, and dL/d(key term) `[B, H, Tk]`."""
     v = inputs.v
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    width = max(block_d, block_v)
-    sizes = dict(sizes or key_tiles(v.dtype, width, problem.plain, v.device))
+    sizes = dict(sizes or key_tiles(problem.widths, problem.plain, v.device))
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     blocks = triton.cdiv(problem.keys, columns) * problem.batch * problem.kv_heads
     splits = head_splits(problem, blocks, v.device)
@@ -297,6 +371,13 @@ def key_gradients(
         tiles(inputs.grad, rows, block_v),
         saved_desc=vectors(inputs.saved.flatten(0, 2), rows),
         delta_desc=vectors(inputs.delta.flatten(0, 1), rows),
+        saved=inputs.saved,
+        saved_plane=inputs.saved.stride(0),
+        padded=inputs.saved.shape[3],
+        grad=inputs.grad,
+        grad_b=inputs.grad.stride(0),
+        grad_h=inputs.grad.stride(1),
+        grad_row=inputs.grad.stride(2),
         key_sq=key_sq,
         key_sq_stride=key_sq.stride(0),
         grad_key=grad_k,
@@ -312,6 +393,7 @@ def key_gradients(
         value_row=grad_v.stride(3),
         head_width=problem.width_k,
         value_width=problem.width_v,
+        **reach_arguments(problem, rows, columns, by_key=True),
         SPLITS=splits,
         SCALED=v.dtype == torch.float16,
         BLOCK_D=block_d,

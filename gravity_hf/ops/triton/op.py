@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from .backward import backward
 from .decode import decode_attention, serves_decoding
-from .forward import forward
+from .forward import SAVED, forward
 from .problem import Problem
 from .sinks import power_unit
 
@@ -67,18 +67,17 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _room(tensor: Tensor, heads: int, queries: int, wanted: bool) -> Tensor:
+def _room(problem: Problem, wanted: bool) -> Tensor:
     """Room for what `forward` saves; empty if not wanted."""
-    shape = (3, tensor.shape[0], heads, -(-queries // 4) * 4) if wanted else (0,)
-    return tensor.new_empty(shape, dtype=torch.float32)
+    planes = SAVED + 1 if problem.dropout_p > 0 else SAVED
+    padded = -(-problem.queries // 4) * 4
+    shape = (planes, problem.batch, problem.heads, padded) if wanted else (0,)
+    return problem.v.new_empty(shape, dtype=torch.float32)
 
 
 def _decodes(problem: Problem) -> bool:
     """Whether the kernel for few queries has every term of this call."""
-    absent = (problem.head_bias, problem.radius, problem.table)
-    if any(x is not None for x in absent) or problem.repulsive or problem.exclude_self:
-        return False
-    if problem.dropout_p > 0:
+    if problem.table is not None or problem.dropout_p > 0:
         return False
     width = max(problem.width_k, problem.width_v)
     return serves_decoding(problem.queries, problem.heads, problem.kv_heads, width)
@@ -106,6 +105,12 @@ def _decode(problem: Problem) -> Tensor:
         window=problem.window or None,
         key_ranges=problem.key_ranges,
         sink=sink,
+        head_bias=problem.head_bias,
+        repulsive=problem.repulsive,
+        cutoff=problem.cutoff,
+        radius=problem.radius,
+        cutoff_width=problem.width,
+        exclude_self=problem.exclude_self,
         max_force=problem.max_force,
         cap=problem.cap,
         kappa=problem.kappa,
@@ -117,7 +122,7 @@ def _decode(problem: Problem) -> Tensor:
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     *fields, save = arguments
     problem = Problem(*fields)
-    saved = _room(problem.v, problem.heads, problem.queries, save > 0)
+    saved = _room(problem, save > 0)
     if problem.empty:
         return problem.v.new_empty_strided(*problem.layout()).zero_(), saved
     with _device(problem.v):
@@ -147,9 +152,7 @@ torch.library.impl("gravity_hf::triton_attention_backward", "default", _attentio
 def _attention_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
     *fields, save = arguments
     problem = Problem(*fields)
-    v = problem.v
-    saved = _room(v, problem.heads, problem.queries, save > 0)
-    return v.new_empty_strided(*problem.layout()), saved
+    return problem.v.new_empty_strided(*problem.layout()), _room(problem, save > 0)
 
 
 @torch.library.register_fake("gravity_hf::triton_attention_backward")

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .tiles import Widths
+
 # Bytes that a tile's rows must be aligned to for Hopper's copy engine.
 ALIGNMENT = 16
 # Keys and values of the heads that run at the same time should stay in the second-level cache.
 CACHE_BYTES = 16 * 2**20
+# How float32 vectors are multiplied beside values in half precision: "bf16x6", "tf32x3" or "ieee".
+MIXED_PRECISION = "bf16x6"
 
 
 def interpreted() -> bool:
@@ -25,12 +29,13 @@ def interpreted() -> bool:
 class Problem:
     """Fields in the order of the operator's schema; kappa: None where distances are not curved.
 
-    q: `[B, H, Tq, D]`, k `[B, N, Tk, D]`, absent with a table. v: `[B, N, Tk, Dv]`. strength: `M^2`
-    `[H]`, eps `[H]`, key_radius_sq `[N]`, query_mass `[B, H, Tq]`, key_term `[B, H, Tk]` (factor of
-    the force, summand under the power law), head_bias `[H]`, radius `[H]`, table `[B|1, Tq, Tk]`
-    (inverse distances; under the power law their logarithms), sink `[B, H, Tq]`
-    (`sinks.sink_scores`; only where `plain`): all float32 and contiguous. mask: bool
-    or float, at most 4 dimensions. key_ranges: int32 `[B|1, Tq|1, 2]`. seed: int64 `[1]`.
+    q: `[B, H, Tq, D]`, k `[B, N, Tk, D]`, absent with a table; float32 or the dtype of v. v: `[B,
+    N, Tk, Dv]`. strength: `M^2` `[H]`, eps `[H]`, key_radius_sq `[N]`, query_mass `[B, H, Tq]`,
+    key_term `[B, H, Tk]` (factor of the force; under the power law a summand, in units of log2 e),
+    head_bias `[H]`, radius `[H]`, table `[B|1, Tq, Tk]` (inverse distances; under the power law
+    their logarithms), sink `[B, H, Tq]` (`sinks.sink_scores`; only where `plain` and without a
+    key_term or exclude_self): all float32 and contiguous. mask: bool or float, at most 4
+    dimensions. key_ranges: int32 `[B|1, Tq|1, 2]`. seed: int64 `[1]`.
     """
 
     q: Tensor | None
@@ -90,6 +95,11 @@ class Problem:
         return self.v.shape[3]
 
     @property
+    def widths(self) -> Widths:
+        vectors = self.v.dtype if self.q is None else self.q.dtype
+        return Widths(vectors, self.v.dtype, block_of(self.width_k), block_of(self.width_v))
+
+    @property
     def empty(self) -> bool:
         """No query or no key: nothing for a kernel to do."""
         return 0 in (self.batch, self.heads, self.queries, self.keys, self.width_v)
@@ -103,13 +113,14 @@ class Problem:
 
     @property
     def plain(self) -> bool:
-        """The law alone: scores from distances, strength and softening."""
-        absent = (self.query_mass, self.key_term, self.head_bias, self.radius, self.table)
+        """The law with nothing that changes a pair's score, but for what the power law adds to it
+        for each key."""
+        absent = (self.query_mass, self.head_bias, self.radius, self.table)
         return (
             all(x is None for x in absent)
+            and (self.key_term is None or self.law == "power")
             and not self.repulsive
             and self.max_force == float("inf")
-            and not self.exclude_self
             and self.kappa is None
         )
 
@@ -117,7 +128,20 @@ class Problem:
     def boundable(self) -> bool:
         """Scores have two-sided bounds, and weights of 2^(+-100) fit the dtype of the product."""
         added = self.mask is not None and self.mask.is_floating_point()
+        added = added or self.key_term is not None or self.exclude_self
         return self.plain and not added and self.v.dtype != torch.float16
+
+    @property
+    def precision(self) -> str:
+        """Of the products q.k of float32 vectors."""
+        if self.v.dtype == torch.float32:
+            return "ieee"
+        return MIXED_PRECISION if self.mixed else "tf32"
+
+    @property
+    def mixed(self) -> bool:
+        """q and k in float32 beside v in half precision."""
+        return self.q is not None and self.q.dtype != self.v.dtype
 
     @property
     def shared(self) -> int:
@@ -162,7 +186,7 @@ class Problem:
             "EXCLUDE_SELF": self.exclude_self,
             "DROPOUT": self.dropout_p > 0,
             "SHARED": self.shared,
-            "PRECISION": "ieee" if self.v.dtype == torch.float32 else "tf32",
+            "PRECISION": self.precision,
             "NATIVE": not interpreted(),
         }
 
@@ -220,6 +244,13 @@ class Problem:
             "horizon": self.horizon,
         }
 
+    def key_terms(self, columns: int) -> dict[str, Any]:
+        """For the kernels that go over keys: a description of `[B H, T]`."""
+        if self.key_term is None:
+            return {}
+        term = self.key_term.flatten(0, 1)
+        return {"key_term": vectors(aligned(term), columns)}
+
     def sink_terms(self) -> dict[str, Any]:
         """For the kernels that add up rows."""
         present = self.sink is not None
@@ -235,7 +266,9 @@ class Problem:
 
     def heads_together(self) -> int:
         """How many query heads of all batch entries run at the same time: see CACHE_BYTES."""
-        head_bytes = self.keys * (self.width_k + self.width_v) * self.v.element_size()
+        head_bytes = self.keys * self.width_v * self.v.element_size()
+        if self.k is not None:
+            head_bytes += self.keys * self.width_k * self.k.element_size()
         shared = max(1, CACHE_BYTES // max(1, head_bytes)) * (self.heads // self.kv_heads)
         return max(1, min(shared, self.batch * self.heads))
 

@@ -25,14 +25,19 @@ from .problem import (
     tiles,
     vectors,
 )
+from .reach import reach_arguments
 from .score import (
     LN2,
     LOG2E,
-    kept_weights,
+    column_keys,
+    drawn,
+    inner_product,
+    kept,
     power_of_two,
     product,
     scaled_sum,
     unit_of,
+    vector_product,
 )
 from .tiles import query_tiles
 from .vectors import load_vectors, vectors_row
@@ -55,20 +60,24 @@ ROW_SUMS = 6
 @triton.jit
 def attend_keys(
     grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum, score_mean,
-    slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum, low, high, q, grad_out, lse, rest,
-    delta, k_desc, v_desc, key_sq, batch, head, kv_head, batch_head, norm_row, rows, query_term,
-    slope, floor, unit, strength, eps, a, key_term, bias, radius_sq, width, ceiling, kappa, horizon,
-    table, table_batch, table_stride, start, stop, shift, window, queries, keys, mask, mask_b,
-    mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW: tl.constexpr,
-    PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
-    HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr,
-    CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
-    SUMS: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    NATIVE: tl.constexpr, EXACT: tl.constexpr,
+    slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum, radius_mean, low, high, order, q,
+    grad_out, lse, rest, delta, k_desc, v_desc, key_sq, batch, head, kv_head, batch_head, norm_row,
+    rows, query_term, slope, floor, unit, strength, eps, a, key_term, bias, radius_sq, width,
+    ceiling, kappa, horizon, table, table_batch, table_stride, start, stop, shift, window, queries,
+    keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, row_key, dropout,
+    LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr,
+    CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
+    SHARED: tl.constexpr, SKIPS: tl.constexpr, SUMS: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
-    for first in tl.range(low, high, BLOCK_N):
+    STEP: tl.constexpr = 1 if SKIPS else BLOCK_N
+    for place in tl.range(low, high, STEP):
+        first = place
+        if SKIPS:
+            first = tl.load(order + place) * BLOCK_N
         first = tl.multiple_of(first, BLOCK_N)
         columns = first + tl.arange(0, BLOCK_N)
         zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -84,12 +93,12 @@ def attend_keys(
                 norm = key_sq.load([norm_row, first]).reshape(BLOCK_N)
                 term = scaled_sum(norm[None, :], 1.0 / unit, term, BLOCK_M, BLOCK_N)
             k = load_vectors(k_desc, batch, kv_head, first, SHARED, BLOCK_N, BLOCK_D)
-            inner = product(q, k.T, zeros, PRECISION, NATIVE)
+            inner = inner_product(q, k, zeros, PRECISION, NATIVE)
         v = v_desc.load([batch, kv_head, first, 0]).reshape(BLOCK_N, BLOCK_V)
         grad_weight = product(grad_out, v.T, zeros, PRECISION, NATIVE)
         b = 1.0
         if HAS_B:
-            b = tl.load(key_term + columns, mask=columns < keys, other=1.0)[None, :]
+            b = key_term.load([batch_head, first]).reshape(1, BLOCK_N)
         softened, score, weight, bend = weights_again(
             inner, term, lse[:, None], rest, rows[:, None], columns[None, :], columns[None, :],
             start[:, None], stop[:, None], batch, head, slope, floor, eps, strength, a, b, bias,
@@ -99,40 +108,34 @@ def attend_keys(
             NATIVE, EXACT,
         )
         if DROPOUT:
-            grad_weight *= kept_weights(
-                seed, dropout, batch_head, rows[:, None], columns[None, :], queries, keys
-            )
+            column_key, upper = column_keys(first, BLOCK_N)
+            draw = drawn(row_key[:, None], column_key[None, :], upper[None, :])
+            grad_weight = kept(grad_weight, draw, dropout, NATIVE) * (1.0 / (1.0 - dropout))
         grad_weight -= delta[:, None]
-        distance, c, g, d_n, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
-            weight, grad_weight, score, softened, bend, eps, floor, strength, a, b,
+        c = weight * grad_weight
+        distance, g, d_n, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
+            c, weight, grad_weight, score, softened, bend, eps, floor, strength, a, b,
             bias, radius_sq, width, ceiling, kappa, horizon, LAW, PLAIN, LIFTED, HAS_A, HAS_B,
             HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, NATIVE,
         )
-        if EXCLUDE_SELF and MASKED:
-            # That score is a constant.
-            other = columns[None, :] != rows[:, None] + shift
-            distance = tl.where(other, distance, 0.0)
-            g = tl.where(other, g, 0.0)
-            d_n = tl.where(other, d_n, 0.0)
-            d_strength = tl.where(other, d_strength, 0.0)
-            d_a = tl.where(other, d_a, 0.0)
-            d_bias = tl.where(other, d_bias, 0.0)
-            d_radius = tl.where(other, d_radius, 0.0)
         if LAW != "table":
-            rounded, undo = narrow(distance, k.dtype, SCALED)
+            rounded, undo = narrow(distance, v.dtype, SCALED)
             # Every column of the sixteen is the row's sum of what the product above it multiplies,
             # and tensor cores add it up for less than the other units would.
-            ones = tl.full([BLOCK_N, 16], 1.0, k.dtype)
+            ones = tl.full([BLOCK_N, 16], 1.0, v.dtype)
             if SCALED:
                 part_sum = product(rounded, ones, tl.zeros_like(distance_sum), PRECISION, NATIVE)
                 distance_sum += part_sum * undo
             else:
                 distance_sum = product(rounded, ones, distance_sum, PRECISION, NATIVE)
             if SCALED:
-                grad_q += product(rounded, k, tl.zeros_like(grad_q), PRECISION, NATIVE) * undo
+                part_sum = vector_product(
+                    rounded, k, tl.zeros_like(grad_q), PRECISION, NATIVE
+                )
+                grad_q += part_sum * undo
             else:
-                grad_q = product(rounded, k, grad_q, PRECISION, NATIVE)
-        if not PLAIN:
+                grad_q = vector_product(rounded, k, grad_q, PRECISION, NATIVE)
+        if not PLAIN or HAS_B or SUMS > 0:
             weight_sum += tl.sum(c, 1)
         if SUMS > 0:
             if SUMS == 2:
@@ -140,7 +143,6 @@ def attend_keys(
                 if LIFTED:
                     exact_sum += tl.sum(distance, 1)
             if PLAIN:
-                weight_sum += tl.sum(c, 1)
                 strength_sum += tl.sum(c * score, 1)
                 score_mean += tl.sum(weight * score, 1)
                 if SUMS == 2:
@@ -158,9 +160,10 @@ def attend_keys(
                 bias_mean += tl.sum(d_bias, 1)
             if CUTOFF != "none":
                 radius_sum += tl.sum(d_radius * grad_weight, 1)
+                radius_mean += tl.sum(d_radius, 1)
     return (
         grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum, score_mean,
-        slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum,
+        slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum, radius_mean,
     )
 
 
@@ -169,15 +172,16 @@ def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, key_sq, saved, delta_at, grad_query, sums, strength, eps,
     key_radius_sq, query_mass, key_term, head_bias, radius, table, sink, grad_sink, table_batch,
     table_stride, width, ceiling, kappa, horizon, ranges, ranges_b, ranges_row, mask, mask_b,
-    mask_h, mask_row, mask_column, mask_lowest, seed_at, dropout, out_b, out_h, out_row, batches,
-    heads, kv_heads, queries, keys, shift, window, head_width, padded, sums_plane, saved_plane,
-    heads_together, LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
-    CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
-    DROPOUT: tl.constexpr, SHARED: tl.constexpr, HAS_SINK: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
+    mask_h, mask_row, mask_column, mask_lowest, dropout, out_b, out_h, out_row, batches, heads,
+    kv_heads, queries, keys, shift, window, head_width, padded, sums_plane, saved_plane,
+    heads_together, order, counts, listed, LAW: tl.constexpr, PLAIN: tl.constexpr,
+    LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
+    REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr, SKIPS: tl.constexpr,
+    HAS_SINK: tl.constexpr, SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     blocks = tl.cdiv(queries, BLOCK_M)
     block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
@@ -211,8 +215,6 @@ def query_kernel(
     if HAS_A:
         at = query_mass + batch_head.to(tl.int64) * queries + rows
         a = tl.load(at, mask=row_valid, other=1.0)[:, None]
-    if HAS_B:
-        key_term += batch_head.to(tl.int64) * keys
     per_row = batch_head.to(tl.int64) * padded + rows
     lse = tl.load(saved + per_row, mask=row_valid, other=float("inf"))
     rest = 0.0
@@ -234,23 +236,28 @@ def query_kernel(
         query_term = query_term * (1.0 / unit)
     grad_out = grad_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, BLOCK_V)
 
-    seed = 0
+    row_key = 0
     if DROPOUT:
-        seed = tl.load(seed_at)
+        at = saved + 3 * saved_plane + per_row
+        row_key = tl.load(at, mask=row_valid, other=0.0).to(tl.uint32, bitcast=True)
     start, stop = load_ranges(ranges, batch, rows, row_valid, ranges_b, ranges_row, RANGES)
     last_row = tl.minimum(first_row + BLOCK_M, queries) - 1
     low, full_low, full_high, high = key_span(
         first_row, last_row, start, stop, shift, window, keys, CAUSAL, WINDOW, RANGES, MASK,
         EXCLUDE_SELF, BLOCK_N,
     )
+    if SKIPS:
+        tile = batch_head * blocks + block
+        order += tile.to(tl.int64) * listed
+        listed = tl.load(counts + tile)
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     zero = tl.zeros([BLOCK_M], tl.float32)
     distance_sum = tl.zeros([BLOCK_M, 16], tl.float32)
     strength_sum, weight_sum, softening_sum = zero, zero, zero
     exact_sum, a_sum, bias_sum, radius_sum = zero, zero, zero, zero
-    score_mean, slope_mean, a_mean, bias_mean = zero, zero, zero, zero
+    score_mean, slope_mean, a_mean, bias_mean, radius_mean = zero, zero, zero, zero, zero
     for part in tl.static_range(3):
-        if part > 0 or WINDOW or RANGES:
+        if part == 2 or (not SKIPS and (part == 1 or WINDOW or RANGES)):
             part_low = low
             part_high = full_low
             if part == 1:
@@ -259,20 +266,23 @@ def query_kernel(
             if part == 2:
                 part_low = full_high
                 part_high = high
+            if SKIPS:
+                part_low = 0
+                part_high = listed
             (
                 grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
-                score_mean, slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum,
+                score_mean, slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum, radius_mean,
             ) = attend_keys(
                 grad_q, distance_sum, strength_sum, weight_sum, softening_sum, exact_sum,
-                score_mean, slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum, part_low,
-                part_high, q, grad_out, lse, rest, delta, k_desc, v_desc, key_sq, batch, head,
-                kv_head, batch_head, norm_row, rows, query_term, -2.0 / unit, floor, unit,
-                head_strength, head_eps, a, key_term, bias, radius_sq, width, ceiling, kappa,
+                score_mean, slope_mean, a_sum, a_mean, bias_sum, bias_mean, radius_sum, radius_mean,
+                part_low, part_high, order, q, grad_out, lse, rest, delta, k_desc, v_desc, key_sq,
+                batch, head, kv_head, batch_head, norm_row, rows, query_term, -2.0 / unit, floor,
+                unit, head_strength, head_eps, a, key_term, bias, radius_sq, width, ceiling, kappa,
                 horizon, table, table_batch, table_stride, start, stop, shift, window, queries,
-                keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, seed, dropout, LAW,
-                PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, CAUSAL,
-                WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT, SHARED, SUMS, part != 1, BLOCK_M,
-                BLOCK_N, BLOCK_D, BLOCK_V, SCALED, PRECISION, NATIVE, EXACT,
+                keys, mask, mask_b, mask_h, mask_row, mask_column, mask_lowest, row_key, dropout,
+                LAW, PLAIN, LIFTED, HAS_A, HAS_B, HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, CAUSAL,
+                WINDOW, RANGES, MASK, EXCLUDE_SELF, DROPOUT, SHARED, SKIPS, SUMS, part != 1,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SCALED, PRECISION, NATIVE, EXACT,
             )
     if LAW != "table":
         near_sum = tl.sum(distance_sum, 1) * (1.0 / 16)
@@ -294,7 +304,7 @@ def query_kernel(
         if SUMS > 0 and PLAIN:
             exact_delta += weight_sum
         tl.store(grad_sink + at, -sink_weight * exact_delta, mask=row_valid)
-    if not PLAIN:
+    if not PLAIN or HAS_B:
         # For the kernels that follow: `weight_sum` is what rounding of the output left in it.
         tl.store(delta_at + per_row, delta + weight_sum, mask=row_valid)
     if SUMS > 0:
@@ -307,6 +317,8 @@ def query_kernel(
             a_sum -= weight_sum * a_mean
         if HAS_BIAS:
             bias_sum -= weight_sum * bias_mean
+        if CUTOFF != "none":
+            radius_sum -= weight_sum * radius_mean
         if PLAIN:
             exact_sum -= weight_sum * slope_mean
             # dscore/dM^2 is score / M^2; unit is M^2 log2 e, or a stand-in where M is 0.
@@ -340,8 +352,7 @@ def query_gradients(
     if problem.q is None and sums == 0:
         return None, row_sums, None
     block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    width = max(block_d, block_v)
-    sizes = sizes or query_tiles(v.dtype, width, problem.plain, v.device)
+    sizes = sizes or query_tiles(problem.widths, problem.plain, v.device)
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     v_tiles = tiles(v, columns, block_v)
     grad_q = None
@@ -373,11 +384,12 @@ def query_gradients(
         padded=inputs.saved.shape[3],
         sums_plane=row_sums.stride(0) if sums > 0 else 0,
         heads_together=problem.heads_together(),
+        **reach_arguments(problem, rows, columns),
         SUMS=sums,
         SCALED=v.dtype == torch.float16,
         BLOCK_D=block_d,
         BLOCK_V=block_v,
-        **common_arguments(problem),
+        **{**common_arguments(problem), **problem.key_terms(columns)},
         **problem.sink_terms(),
         **sizes,
     )

@@ -20,8 +20,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Weight 0 beside any other key, and a finite score alone: what a query gives itself when excluded.
 EXCLUDED = tl.constexpr(-1.0e30)
+# Of a repulsive force, in nats: no lower score tells anything, but its slope, up to 1 / eps, would
+# multiply what rounding leaves of a gradient that is 0, as where a query sees a single key.
+LOWEST_FORCE = tl.constexpr(-8192.0)
 # A head without mass would divide by zero; scores of 1e-14 are as good as 0.
 SMALLEST_UNIT = tl.constexpr(1.0e-20)
+# Eight roundings of float32: what the expanded distance says below this many is noise.
+NOISE = tl.constexpr(9.5e-7)
 
 
 # fmt: off
@@ -94,9 +99,64 @@ def product(x, y, acc, PRECISION: tl.constexpr, NATIVE: tl.constexpr):
     """`acc + x y` in float32. The interpreter cannot multiply bfloat16; in float32 the products of
     half-precision numbers are exact, as they are in tensor cores."""
     if NATIVE:
-        return tl.dot(x, y, acc, input_precision=PRECISION)
+        # What is said of float32 does not matter to other dtypes.
+        return tl.dot(
+            x, y, acc, input_precision="tf32" if PRECISION == "bf16x6" else PRECISION
+        )
     else:
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def cut_off(x):
+    """float32 without what bfloat16 has not."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def upper_half(x):
+    """`cut_off(x)` as bfloat16. A conversion would round, and runs at an eighth of the speed."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def thirds(x):
+    """float32 as the sum of three bfloat16, which have eight bits each: cut off, not rounded, they
+    miss none of the 24."""
+    rest = x - cut_off(x)
+    return upper_half(x), upper_half(rest), upper_half(rest - cut_off(rest))
+
+
+@triton.jit
+def inner_product(x, y, acc, PRECISION: tl.constexpr, NATIVE: tl.constexpr):
+    """`acc + x y^T` of two tiles of vectors. "bf16x6": float32 in six products of thirds, which
+    leave out what is below float32's last bit, on tensor cores that read half precision."""
+    if PRECISION == "bf16x6" and NATIVE:
+        x_high, x_middle, x_low = thirds(x)
+        y_high, y_middle, y_low = thirds(y)
+        acc = tl.dot(x_low, y_high.T, acc)
+        acc = tl.dot(x_high, y_low.T, acc)
+        acc = tl.dot(x_middle, y_middle.T, acc)
+        acc = tl.dot(x_middle, y_high.T, acc)
+        acc = tl.dot(x_high, y_middle.T, acc)
+        return tl.dot(x_high, y_high.T, acc)
+    else:
+        return product(x, y.T, acc, PRECISION, NATIVE)
+
+
+@triton.jit
+def vector_product(x, y, acc, PRECISION: tl.constexpr, NATIVE: tl.constexpr):
+    """`acc + x y` of a tile `x` in half precision and vectors `y`. These may be float32: two halves
+    of the dtype of `x` then stand for them, which keep 16 (bfloat16) or 22 of their bits."""
+    if x.dtype == y.dtype:
+        return product(x, y, acc, PRECISION, NATIVE)
+    else:
+        if x.dtype == tl.bfloat16:
+            high, low, _ = thirds(y)
+        else:
+            high = y.to(x.dtype)
+            low = (y - high.to(tl.float32)).to(x.dtype)
+        return product(x, low, product(x, high, acc, PRECISION, NATIVE), PRECISION, NATIVE)
 
 
 @triton.jit
@@ -120,9 +180,14 @@ def unit_of(strength, eps, POWER: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def plain_scores(
-    scaled, strength, POWER: tl.constexpr, NATIVE: tl.constexpr
-):
+def told_apart(softened, eps, lengths):
+    """Softened distances, those at `eps` that the arithmetic cannot tell from 0: relative to
+    `lengths`, `|q|^2 + |k|^2`. A force with a tiny `eps` would make noise its largest slope."""
+    return tl.where(softened - eps <= NOISE * lengths, eps, softened)
+
+
+@triton.jit
+def plain_scores(scaled, strength, POWER: tl.constexpr, NATIVE: tl.constexpr):
     """Scores from scaled softened distances, already clamped."""
     if POWER:
         return -strength * logarithm(scaled, NATIVE)
@@ -167,26 +232,27 @@ def capped(score, ceiling, CAP: tl.constexpr):
 
 
 @triton.jit
-def log_sigmoid(x):
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+def log_sigmoid(x, NATIVE: tl.constexpr):
+    fading = power_of_two(tl.abs(x) * -LOG2E, NATIVE)
+    return tl.minimum(x, 0.0) - logarithm(1.0 + fading, NATIVE) * LN2
 
 
 @triton.jit
 def general_scores(
     softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW: tl.constexpr,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
-    CAP: tl.constexpr, CUTOFF: tl.constexpr,
+    CAP: tl.constexpr, CUTOFF: tl.constexpr, NATIVE: tl.constexpr,
 ):
     """Scores from softened distances (law "table": from inverse distances, or under the power law
     from their logarithms). `a` broadcasts over keys, `b` over queries. `HAS_B` 1: a factor, 2: a
-    summand. Hiding what a hard cutoff hides is the caller's."""
+    summand in units of log2 e. Hiding what a hard cutoff hides is the caller's."""
     if LAW == "power":
-        score = -strength * tl.log(softened)
+        score = -strength * (logarithm(softened, NATIVE) * LN2)
     else:
         if LAW == "table":
             score = strength * softened
         else:
-            score = strength / softened
+            score = strength * reciprocal(softened, NATIVE)
         if REPULSIVE:
             score = -score
         if HAS_BIAS:
@@ -197,32 +263,36 @@ def general_scores(
             score *= b
         if CAP != "none":
             score, slope = capped(score, ceiling, CAP)
+        if REPULSIVE:
+            score = tl.maximum(score, LOWEST_FORCE, propagate_nan=tl.PropagateNan.ALL)
+    if CUTOFF == "soft":
+        score *= tl.maximum(1.0 - (softened - eps) * (1.0 / radius_sq), 0.0)
+    if CUTOFF == "log":
+        score += log_sigmoid((radius_sq - (softened - eps)) * (1.0 / width), NATIVE)
+    score *= LOG2E
     if HAS_B == 2:
         score += b
-    if CUTOFF == "soft":
-        score *= tl.maximum(1.0 - (softened - eps) / radius_sq, 0.0)
-    if CUTOFF == "log":
-        score += log_sigmoid((radius_sq - (softened - eps)) / width)
-    return score * LOG2E
+    return score
 
 
 @triton.jit
 def general_gradients(
     grad, softened, eps, strength, a, b, bias, radius_sq, width, ceiling, LAW: tl.constexpr,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr,
-    CAP: tl.constexpr, CUTOFF: tl.constexpr,
+    CAP: tl.constexpr, CUTOFF: tl.constexpr, NATIVE: tl.constexpr,
 ):
     """From dL/dscore (natural units) of every pair: dL/d of softened distance (law "table": of
     inverse distance), squared distance in the cutoff, strength, a, b, bias and radius^2, still per
     pair. Terms that are absent come back as `grad`, to be ignored."""
     if LAW == "power":
-        inverse = 1.0 / softened
-        base = -strength * tl.log(softened)
+        inverse = reciprocal(softened, NATIVE)
+        logarithms = logarithm(softened, NATIVE) * LN2
+        base = -strength * logarithms
     elif LAW == "table":
         inverse = softened
         base = strength * softened
     else:
-        inverse = 1.0 / softened
+        inverse = reciprocal(softened, NATIVE)
         base = strength * inverse
     if LAW != "power":
         if REPULSIVE:
@@ -237,22 +307,24 @@ def general_gradients(
             score *= b
         if CAP != "none":
             score, cap_slope = capped(score, ceiling, CAP)
-    if HAS_B == 2:
-        score += b
+        if REPULSIVE:
+            grad = tl.where(score > LOWEST_FORCE, grad, 0.0)
     d_cutoff = grad
     d_radius = grad
     if CUTOFF == "soft":
-        share = tl.maximum(1.0 - (softened - eps) / radius_sq, 0.0)
+        part = (softened - eps) * (1.0 / radius_sq)
+        share = tl.maximum(1.0 - part, 0.0)
         inside = share > 0.0
-        d_cutoff = tl.where(inside, -grad * score / radius_sq, 0.0)
-        d_radius = -d_cutoff * (softened - eps) / radius_sq
+        d_cutoff = tl.where(inside, -grad * score * (1.0 / radius_sq), 0.0)
+        d_radius = -d_cutoff * part
         grad = grad * share
     elif CUTOFF == "log" or CUTOFF == "hard":
-        x = (radius_sq - (softened - eps)) / width
-        d_radius = grad * tl.sigmoid(-x) / width
+        x = (radius_sq - (softened - eps)) * (1.0 / width)
+        outward = reciprocal(1.0 + power_of_two(x * LOG2E, NATIVE), NATIVE)
+        d_radius = grad * outward * (1.0 / width)
         d_cutoff = -d_radius
     if LAW == "power":
-        d_strength = -grad * tl.log(softened)
+        d_strength = -grad * logarithms
         d_softened = -grad * strength * inverse
         d_a = grad
         d_b = grad
@@ -298,9 +370,41 @@ def add_sink(base, total, sink, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def kept_weights(seed, dropout, batch_head, rows, columns, queries, keys):
-    """Dropout factors of a tile, 0 or `1 / (1 - dropout)`: a function of seed and place alone, so
-    that every kernel draws the same."""
-    row = batch_head.to(tl.int64) * queries + rows
-    draw = tl.rand(seed, row * keys + columns)
-    return tl.where(draw >= dropout, 1.0 / (1.0 - dropout), 0.0)
+def row_keys(seed, per_row):
+    """32 random bits for each row of each head, by Philox."""
+    return tl.randint(seed, per_row).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def column_keys(first, LENGTH: tl.constexpr):
+    """What `drawn` wants to know of keys from `first` on, a multiple of 16. Keys 8 apart share 32
+    bits: a thread has both of them, be they rows or columns of its tile."""
+    local = tl.arange(0, LENGTH)
+    shared = first + (local & ~8)
+    return shared.to(tl.uint32) * 0x9E3779B1, (local & 8) != 0
+
+
+@triton.jit
+def drawn(row_key, column_key, upper):
+    """What decides whether dropout leaves the weight of a pair, in the upper 16 of 32 bits: a
+    function of the row's bits and of the column, so that every kernel draws the same. Rows are
+    drawn by Philox; for each pair that would take five times as long as all the rest, and a few
+    rounds of multiplying and folding do (Wellons' lowbias32 without its last step)."""
+    x = row_key + column_key
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return tl.where(upper, x, x << 16)
+
+
+@triton.jit
+def kept(value, draw, dropout, NATIVE: tl.constexpr):
+    """`value`, 0 where it is dropped, with a probability that is `dropout` to 2^-16."""
+    limit = tl.floor(dropout * 65536.0 + 0.5).to(tl.uint32) << 16
+    if NATIVE:
+        # Left to itself, the compiler would choose among pairs of halves, after the conversion.
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ge.u32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p;}", "=f,f,r,r",
+            [value, draw, limit], dtype=tl.float32, is_pure=True, pack=1,
+        )
+    else:
+        return tl.where(draw >= limit, value, 0.0)

@@ -19,7 +19,9 @@ from .problem import (
     tiles,
 )
 from .score import (
-    kept_weights,
+    column_keys,
+    drawn,
+    kept,
     product,
 )
 from .tiles import table_tiles
@@ -34,7 +36,7 @@ def table_kernel(
     v_desc, grad_desc, saved, saved_plane, delta_at, grad_table, strength, eps, key_radius_sq,
     query_mass, key_term, head_bias, radius, table, table_batch, table_stride, width, ceiling,
     kappa, horizon, ranges, ranges_b, ranges_row, mask, mask_b, mask_h, mask_row, mask_column,
-    mask_lowest, seed_at, dropout, batches, heads, kv_heads, queries, keys, shift, window, padded,
+    mask_lowest, dropout, batches, heads, kv_heads, queries, keys, shift, window, padded,
     LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
     HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr,
     CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
@@ -60,9 +62,6 @@ def table_kernel(
     if CAUSAL:
         if first_key > last_row + shift:
             count = 0
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_at)
     for step in tl.range(0, count, num_stages=1):
         # A tensor also in the interpreter, where a loop counts in numbers.
         batch_head = tl.program_id(2) * count + step
@@ -99,16 +98,17 @@ def table_kernel(
             NATIVE, EXACT,
         )
         if DROPOUT:
-            grad_weight *= kept_weights(
-                seed, dropout, batch_head, rows[:, None], columns[None, :], queries, keys
-            )
-        distance, c, g, d_n, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
-            weight, grad_weight - delta[:, None], score, softened, bend, 0.0, 0.0, head_strength, a,
-            b, bias, 1.0, width, ceiling, kappa, horizon, LAW, PLAIN, LIFTED, HAS_A, HAS_B,
-            HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, NATIVE,
+            row_key = tl.load(saved + 3 * saved_plane + per_row, mask=row_valid, other=0.0)
+            row_key = row_key.to(tl.uint32, bitcast=True)
+            column_key, upper = column_keys(first_key, BLOCK_N)
+            draw = drawn(row_key[:, None], column_key[None, :], upper[None, :])
+            grad_weight = kept(grad_weight, draw, dropout, NATIVE) * (1.0 / (1.0 - dropout))
+        grad_weight -= delta[:, None]
+        distance, g, d_n, d_strength, d_a, d_b, d_bias, d_radius = pair_gradients(
+            weight * grad_weight, weight, grad_weight, score, softened, bend, 0.0, 0.0,
+            head_strength, a, b, bias, 1.0, width, ceiling, kappa, horizon, LAW, PLAIN, LIFTED,
+            HAS_A, HAS_B, HAS_BIAS, REPULSIVE, CAP, CURVED, CUTOFF, NATIVE,
         )
-        if EXCLUDE_SELF:
-            distance = tl.where(columns[None, :] != rows[:, None] + shift, distance, 0.0)
         result += distance
     at = grad_table + own * queries * keys + rows[:, None].to(tl.int64) * keys + columns[None, :]
     tl.store(at, result, mask=inside)

@@ -1,4 +1,4 @@
-"""Tile sizes, warps and pipeline stages, by kernel, dtype and width of a head.
+"""Tile sizes, warps and pipeline stages, by kernel, dtypes and widths of a head.
 
 Chosen on an H100 (`python scripts/benchmark/tiles.py`). Small tiles of four warps win there over
 the usual 128 rows of eight: two programs share a processor, and one computes scores while the other
@@ -9,6 +9,7 @@ for an H100 keeps (nearly) all of them in registers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -23,79 +24,111 @@ _SMALLEST: Choice = (32, 32, 4, 1)
 _BESIDE = 6 * 1024
 
 
-def forward_tiles(dtype: torch.dtype, width: int, plain: bool, device: torch.device) -> Tiles:
-    """Rows and keys of a tile for a head padded to `width`; `plain`: the law alone."""
-    if dtype == torch.float32:
-        choices = [(64, 32, 4, 2)] if width <= 128 else [_SMALLEST]
-    elif width > 128 or not plain:
+@dataclass(frozen=True)
+class Widths:
+    """What a row of q or k and one of v take: dtypes, and widths as padded in a kernel."""
+
+    vectors: torch.dtype
+    values: torch.dtype
+    width_k: int
+    width_v: int
+
+    @property
+    def width(self) -> int:
+        return max(self.width_k, self.width_v)
+
+    @property
+    def mixed(self) -> bool:
+        return self.vectors != self.values
+
+    @property
+    def vector_bytes(self) -> int:
+        return self.width_k * self.vectors.itemsize
+
+    @property
+    def value_bytes(self) -> int:
+        return self.width_v * self.values.itemsize
+
+
+def forward_tiles(widths: Widths, plain: bool, device: torch.device) -> Tiles:
+    """Rows and keys of a tile; `plain`: the code for the law alone."""
+    if widths.values == torch.float32:
+        choices = [(64, 32, 4, 2)] if widths.width <= 128 else [_SMALLEST]
+    elif widths.width > 128 or not plain:
         choices = [(64, 32, 4, 2)]
     else:
         choices = [(64, 64, 4, 3), (64, 64, 4, 2)]
-    return _first_that_fits([*choices, (64, 32, 4, 1), _SMALLEST], 1, dtype, width, device)
+    kept, moving = widths.vector_bytes, widths.vector_bytes + widths.value_bytes
+    return _first_that_fits([*choices, (64, 32, 4, 1), _SMALLEST], kept, moving, device)
 
 
-def query_tiles(dtype: torch.dtype, width: int, plain: bool, device: torch.device) -> Tiles:
+def query_tiles(widths: Widths, plain: bool, device: torch.device) -> Tiles:
     """For the gradient of queries."""
-    if dtype == torch.float32:
-        choices = [(64, 32, 4, 1)] if width <= 128 else []
-    elif not plain and width <= 128:
+    if widths.values == torch.float32:
+        choices = [(64, 32, 4, 1)] if widths.width <= 128 else []
+    elif not plain and widths.width <= 128:
         choices = [(64, 32, 4, 2), (64, 32, 4, 1)]
     else:
         choices = [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)]
-    return _first_that_fits([*choices, _SMALLEST], 2, dtype, width, device)
+    both = widths.vector_bytes + widths.value_bytes
+    return _first_that_fits([*choices, _SMALLEST], both, both, device)
 
 
-def key_tiles(dtype: torch.dtype, width: int, plain: bool, device: torch.device) -> Tiles:
+def key_tiles(widths: Widths, plain: bool, device: torch.device) -> Tiles:
     """For the gradients of keys and values."""
-    if dtype == torch.float32:
-        choices = [(32, 64, 4, 1)] if width <= 128 else []
-    elif not plain and width <= 128:
+    if widths.values == torch.float32:
+        choices = [(32, 64, 4, 1)] if widths.width <= 128 else []
+    elif not plain and widths.width <= 128:
         choices = [(32, 64, 4, 2)]
-    elif width > 128:
+    elif widths.width > 128:
         choices = [(64, 64, 4, 2), (64, 64, 4, 1)]
     else:
-        choices = [(64, 64, 4, 3)] if width <= 64 else [(32, 64, 4, 2)]
+        choices = [(64, 64, 4, 3)] if widths.width <= 64 else [(32, 64, 4, 2)]
+    both = widths.vector_bytes + widths.value_bytes
     choices = [*choices, (32, 64, 4, 1), _SMALLEST]
-    return _first_that_fits(choices, 2, dtype, width, device, keys_stay=True)
+    return _first_that_fits(choices, both, both, device, keys_stay=True)
 
 
 def table_tiles(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
     """For the gradient of a table of inverse distances; `width` is that of values."""
     choices = [] if dtype == torch.float32 or width > 128 else [(64, 64, 4, 1)]
-    return _first_that_fits([*choices, _SMALLEST], 0, dtype, width, device)
+    return _first_that_fits([*choices, _SMALLEST], 0, 2 * width * dtype.itemsize, device)
 
 
-def fits(dtype: torch.dtype, width: int, device: torch.device) -> bool:
-    """Whether every kernel has tiles for heads of this width on a device."""
+def fits(
+    dtype: torch.dtype, width: int, device: torch.device, vectors: torch.dtype | None = None
+) -> bool:
+    """Whether every kernel has tiles for heads of this width on a device; `vectors`: the dtype of
+    q and k where that is not the one of v."""
     padded = 1 << max(width - 1, 1).bit_length()
     if padded > WIDEST:
         return False
+    widths = Widths(vectors or dtype, dtype, padded, padded)
+    both = widths.vector_bytes + widths.value_bytes
     limit = _shared_bytes(device)
-    return limit == 0 or _needed_bytes(_SMALLEST, 2, dtype, padded) <= limit
+    return limit == 0 or _needed_bytes(_SMALLEST, both, both) <= limit
 
 
 def _first_that_fits(
     choices: list[Choice],
-    staying: int,
-    dtype: torch.dtype,
-    width: int,
+    kept: int,
+    moving: int,
     device: torch.device,
     keys_stay: bool = False,
 ) -> Tiles:
-    """`staying`: tensors of which a program keeps one tile; of two others each stage has a tile."""
+    """`kept`: bytes of a row of what a program keeps a tile of; `moving`: of what each stage has a
+    tile of. Rows are those of queries, or of keys where these stay."""
     limit = _shared_bytes(device)
     for choice in choices:
-        if limit == 0 or _needed_bytes(choice, staying, dtype, width, keys_stay) <= limit:
+        if limit == 0 or _needed_bytes(choice, kept, moving, keys_stay) <= limit:
             break
     return _named(choice)
 
 
-def _needed_bytes(
-    choice: Choice, staying: int, dtype: torch.dtype, width: int, keys_stay: bool = False
-) -> int:
+def _needed_bytes(choice: Choice, kept: int, moving: int, keys_stay: bool = False) -> int:
     rows, keys, _, stages = choice
-    kept, moving = (keys, rows) if keys_stay else (rows, keys)
-    return width * dtype.itemsize * (staying * kept + 2 * stages * moving) + _BESIDE
+    staying, passing = (keys, rows) if keys_stay else (rows, keys)
+    return kept * staying + stages * moving * passing + _BESIDE
 
 
 def _named(choice: Choice) -> Tiles:

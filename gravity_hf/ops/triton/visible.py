@@ -105,14 +105,17 @@ def query_span(
 
 @triton.jit
 def visible_pairs(
-    rows, columns, ranged, start, stop, shift, window, queries, keys, CAUSAL: tl.constexpr,
+    rows, columns, ranged, start, stop, shift, window, keys, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, RANGES: tl.constexpr,
 ):
-    """Bool tile; rows and columns broadcast against each other, in either orientation. `ranged` is
-    what lies between `start` and `stop`: columns where these are of rows, or the reverse."""
-    seen = (columns < keys) & (rows < queries)
+    """Bool; rows and columns broadcast against each other, in either orientation. `ranged` is what
+    lies between `start` and `stop`: columns where these are of rows, or the reverse. Says nothing
+    about rows past the last one: what they see is not stored, and in the backward weighs 0."""
     if CAUSAL:
-        seen &= columns <= rows + shift
+        # No row stands past the last key.
+        seen = columns <= rows + shift
+    else:
+        seen = columns < keys
     if WINDOW:
         seen &= rows + shift - columns < window
         if not CAUSAL:
@@ -124,13 +127,14 @@ def visible_pairs(
 
 @triton.jit
 def load_mask(
-    mask, batch, head, rows, columns, seen, stride_b, stride_h, stride_row, stride_column, lowest,
-    MASK: tl.constexpr,
+    mask, batch, head, rows, columns, seen, queries, keys, stride_b, stride_h, stride_row,
+    stride_column, lowest, MASK: tl.constexpr,
 ):
     """A tile of the dense mask: what is seen, and what is added to scores in natural units. A float
     mask hides at and below half of its dtype's lowest value, `lowest`."""
     at = mask + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     at = at + rows.to(tl.int64) * stride_row + columns.to(tl.int64) * stride_column
+    seen = seen & (rows < queries) & (columns < keys)
     if MASK == "bool":
         return seen & (tl.load(at, mask=seen, other=0) != 0), 0.0
     else:

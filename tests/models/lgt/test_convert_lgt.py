@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from gravity_hf.models.converting import core_state
 from gravity_hf.models.lgt import LGTConfig, LGTForCausalLM, LGTModel
 from gravity_hf.models.lgt.attention import Law
 from gravity_hf.models.lgt.convert_lgt import convert_lgt_checkpoint, main, model_from_published
 from gravity_hf.models.lgt.geometry import geometry_of_positions
 from gravity_hf.models.lgt.modeling_lgt import LGTBlock
-from gravity_hf.models.lgt.visibility import Visibility
+from gravity_hf.models.published_lgt import core_state
+from gravity_hf.models.visibility import Visibility
 
 from .lgt_cases import BLOCKS, MODELS, published
 

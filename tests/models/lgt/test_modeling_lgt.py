@@ -12,7 +12,8 @@ from torch import Tensor
 from gravity_hf.models.lgt import LGTConfig, LGTForCausalLM, LGTModel
 from gravity_hf.models.lgt import geometry as geometry_module
 from gravity_hf.models.lgt.law import Law
-from gravity_hf.models.lgt.placing import documents_of, place_tokens
+from gravity_hf.models.lgt.placing import place_tokens
+from gravity_hf.models.placing import documents_of
 
 from .lgt_cases import IDS, OPTIONS, SMALL, padded, tiny
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.reference import SELF_SCORE, split_mask
+
 
 class Visibility(NamedTuple):
     """Arguments of `gravity_attention`: `causal`; `mask`, broadcastable to `[B, H, Tq, Tk]`;
@@ -36,6 +38,7 @@ def visibility(
     keys: int,
     slots: Tensor | None = None,
     packed: Tensor | None = None,
+    cut: bool = False,
 ) -> Visibility:
     """What the queries of one forward see.
 
@@ -48,6 +51,7 @@ def visibility(
         slots: int64 `[Tq]`, where the queries stand among the keys of a cache of fixed size; None:
             they are the last ones.
         packed: key ranges of documents, see `packed_documents`.
+        cut: a cutoff may hide what a mask shows, so that only the operator knows who sees no other.
 
     Raises:
         ValueError: a mask that does not fit.
@@ -62,7 +66,7 @@ def visibility(
         written = (key <= slots[:, None])[None, None]
         mask = written if mask is None else mask & written
     if exclude_self:
-        mask = _without_own(mask, key == slots[:, None])
+        mask = (_with_own_last if cut else _without_own)(mask, key == slots[:, None])
     return Visibility(False, mask, None, False)
 
 
@@ -146,3 +150,52 @@ def _without_own(mask: Tensor | None, own: Tensor) -> Tensor:
         )
     others = mask & ~own
     return others | (mask & own & ~others.any(-1, keepdim=True))
+
+
+def visible_rows(
+    seen: Visibility, rows: Tensor, queries: int, keys: int, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Which keys the query rows with these indices, int64 `[R]`, see: bool, and what a float mask
+    adds to their scores; both broadcastable to `[B, H, R, Tk]`, as is `hidden`: what something else
+    hides from them."""
+    key = torch.arange(keys, device=rows.device)
+    # Where the queries stand among the keys, `[R, 1]`: the ends of both meet.
+    place = (rows + (keys - queries)).unsqueeze(-1)
+    allowed, bias = torch.ones_like(place, dtype=torch.bool)[None, None], None
+    if seen.causal:
+        allowed = allowed & (key <= place)
+    if seen.key_ranges is not None:
+        ranges = seen.key_ranges
+        ranges = ranges if ranges.shape[1] == 1 else ranges[:, rows]
+        start, stop = ranges[:, None].unsqueeze(-2).unbind(-1)
+        allowed = allowed & (key >= start) & (key < stop)
+    if seen.mask is not None:
+        mask, bias = split_mask(seen.mask)
+        mask, bias = (_rows_of(x, rows) for x in (mask, bias))
+        bias = None if bias is None else bias.masked_fill(~mask, 0.0)
+        allowed = allowed & mask
+    if hidden is not None:
+        allowed = allowed & ~hidden
+    if seen.exclude_self:
+        own = key == place
+        others = allowed & ~own
+        allowed = others | (allowed & own & ~others.any(-1, keepdim=True))
+    return allowed, bias
+
+
+def _rows_of(mask: Tensor | None, rows: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask if mask.shape[2] == 1 else mask[:, :, rows]
+
+
+def _with_own_last(mask: Tensor | None, own: Tensor) -> Tensor:
+    """`mask`, as added to scores, with the pairs `own` `[Tq, Tk]` far below all that can be seen:
+    they weigh nothing, unless nothing else is left."""
+    last = torch.zeros(own.shape, device=own.device).masked_fill(own, SELF_SCORE)[None, None]
+    if mask is None:
+        return last
+    attend, bias = split_mask(mask)
+    added = last if bias is None else last + bias
+    return added.masked_fill(~attend, torch.finfo(last.dtype).min)
