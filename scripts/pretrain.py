@@ -26,7 +26,9 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -74,13 +76,15 @@ class TextArguments:
     validation_bytes: int = field(default=10_000_000, metadata={"help": "Validation text at most."})
 
 
+# As shells say it of a command that was stopped from the keyboard.
+EXIT_STOPPED = 130
 # The sizes of a small Qwen2, where nothing else is said.
 SMALL_QWEN2 = (
     "hidden_size=384,intermediate_size=1024,num_hidden_layers=6,num_attention_heads=6,"
     "num_key_value_heads=2,tie_word_embeddings=true"
 )
 # What a small model trained from scratch wants, where TrainingArguments was made for fine-tuning.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "output_dir": "pretrained",
     "max_steps": 1000,
     "per_device_train_batch_size": 64,
@@ -99,6 +103,7 @@ DEFAULTS = {
     "logging_nan_inf_filter": False,
     "report_to": "none",
     "disable_tqdm": not sys.stderr.isatty(),
+    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 
 
@@ -125,7 +130,7 @@ def settings_of(
 
 
 def main(arguments: list[str]) -> None:
-    """Train one model; expected errors end in one line and exit code 2."""
+    """Train one model; expected errors end in one line and exit code 2, Ctrl-C in one and 130."""
     console = make_console()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -150,6 +155,10 @@ def main(arguments: list[str]) -> None:
     except EXPECTED_ERRORS as error:
         make_console(stderr=True).print(f"error: {' '.join(str(error).split())}", markup=False)
         raise SystemExit(EXIT_EXPECTED) from error
+    except KeyboardInterrupt:
+        said = "stopped; the same command goes on from the last checkpoint, if there is one"
+        make_console(stderr=True).print(said, markup=False)
+        raise SystemExit(EXIT_STOPPED) from None
 
 
 if __name__ == "__main__":

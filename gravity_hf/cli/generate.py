@@ -10,6 +10,7 @@ import typer
 
 from .console import make_console, quiet_libraries
 from .hosts import load_tokenizer, require_causal
+from .terminal import terminal_safe
 
 _ADAPTER = "adapter_config.json"
 
@@ -27,7 +28,8 @@ def generate(
     ] = 0.7,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
 ) -> None:
-    """Continue PROMPT with the model in DIR. Only the text goes to standard output.
+    """Continue PROMPT with the model in DIR. Only the text goes to standard output; control
+    characters that the model writes are shown, not sent to the terminal.
 
     Example:
 
@@ -48,7 +50,9 @@ def generate(
     tokenizer = load_tokenizer(_tokenizer_home(directory))
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     (sample,) = generation_samples(model, tokenizer, [prompt], **how)
-    make_console().print(sample["prompt"] + sample["text"], markup=False)
+    console = make_console()
+    text = sample["prompt"] + sample["text"]
+    console.out(terminal_safe(text, console.encoding), highlight=False)
 
 
 def _instead(directory: Path) -> str:

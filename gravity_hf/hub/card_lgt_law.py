@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..models.lgt import LGTConfig
+from .card_pretrained import validation_text
 
 _SPREAD = 32
 _LEARNED = "G is learned, one per head and layer"
@@ -122,7 +123,8 @@ def _normalisation(settings: LGTConfig) -> list[str]:
 
 def _quality(facts: dict[str, Any]) -> list[str]:
     if facts["evaluation"] is None:
-        return ["Its quality was not measured."]
+        known = validation_text(facts["training"])
+        return [f"{'Beside that loss its' if known else 'Its'} quality was not measured."]
     return [
         "It knows the text above and nothing else: it continues text of that kind, and follows no "
         "instructions.",

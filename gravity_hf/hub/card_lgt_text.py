@@ -12,6 +12,7 @@ from .card_attribution import citation
 from .card_law import NOT_MEASURED, spread
 from .card_lgt import MODEL_TYPE
 from .card_lgt_law import constants, law_text, limits
+from .card_pretrained import rate_text, validation_text
 from .card_text import command, conditions, samples
 from .card_words import counted
 
@@ -137,14 +138,14 @@ def recipe(facts: dict[str, Any]) -> list[str]:
     training = facts["training"]
     if training is None:
         return ["How it was made is not recorded in this folder; all else is read from its files."]
-    tried = ", ".join(f"{rate:g}" for rate in training["learning_rates_tried"])
+    schedule = training.get("schedule", "a cosine to a tenth")
     return [
         f"Trained from nothing, seed {training['seed']}: {counted(training['steps'], 'step')} of "
         f"{training['rows']} windows of {training['length']} tokens, {training['tokens']:,} tokens "
         f"in all{', in bfloat16' if training['bfloat16'] else ''}.",
         f"AdamW, learning rate {training['learning_rate']:g} after "
-        f"{counted(training['warmup_steps'], 'step')} of warmup, then a cosine to a tenth; weight "
-        f"decay {training['weight_decay']:g}. The rate is the best of {tried} on another seed.",
+        f"{counted(training['warmup_steps'], 'step')} of warmup, then {schedule}; weight "
+        f"decay {training['weight_decay']:g}.{rate_text(training)}",
         f"Text: {training['text']}.",
     ]
 
@@ -159,6 +160,9 @@ def comparison(facts: dict[str, Any], rivals: str) -> str:
     without its full stop."""
     evaluation = facts["evaluation"]
     if evaluation is None:
+        known = validation_text(facts["training"])
+        if known is not None:
+            return f"{known} Nothing else was measured."
         return "Nothing was measured: no results lie in this folder."
     lines = ["| model | parameters | bits per byte | seeds |", "| --- | ---: | ---: | ---: |"]
     keys = {row["key"] for row in evaluation["rows"]}

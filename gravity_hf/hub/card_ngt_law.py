@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..models.ngt import NGTConfig
+from .card_pretrained import validation_text
+from .card_words import counted
 
 _TWIN = "weight(i, j) = softmax of q_i.k_j / sqrt(d){bias} over j <= i"
 
@@ -49,7 +51,7 @@ def constants(settings: NGTConfig) -> str:
     if settings.fading_heads:
         said.append(
             "l: how fast what is older fades, in nats for each token, learned in the last "
-            f"{settings.fading_heads} heads of a layer and 0 in the others."
+            f"{counted(settings.fading_heads, 'head')} of a layer and 0 in the others."
         )
     if settings.cutoff != "none":
         said.append("r: the radius, the softplus of a learned number, one per layer.")
@@ -91,7 +93,8 @@ def _coordinates(settings: NGTConfig) -> list[str]:
         "pre_attention": "z <- LN(z + Wn LN(h))",
         "none": "z stays as it is",
     }[settings.coordinate_source]
-    maps = "    (keys have maps of their own)" if settings.asymmetric else ""
+    began = ", which began as copies" if settings.shared_start else ""
+    maps = f"    (keys have maps of their own{began})" if settings.asymmetric else ""
     return [
         f"c = {' + '.join(own)} + b{maps}",
         f"z = {start} before the first layer; after a layer {moved}",
@@ -162,7 +165,8 @@ def _reach(settings: NGTConfig) -> str:
 
 def _quality(facts: dict[str, Any]) -> list[str]:
     if facts["evaluation"] is None:
-        return ["Its quality was not measured."]
+        known = validation_text(facts["training"])
+        return [f"{'Beside that loss its' if known else 'Its'} quality was not measured."]
     return [
         "It knows the text above and nothing else: it continues text of that kind, and follows no "
         "instructions.",

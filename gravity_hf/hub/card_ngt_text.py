@@ -12,6 +12,7 @@ from .card_law import NOT_MEASURED, spread
 from .card_lgt_text import comparison, eval_results
 from .card_ngt import COLUMNS, MODEL_TYPE
 from .card_ngt_law import constants, law_text, limits
+from .card_pretrained import rate_text
 from .card_text import command, conditions, samples
 from .card_words import counted
 
@@ -101,7 +102,7 @@ def layer_table(facts: dict[str, Any]) -> str:
     legend = (
         "Lowest / median / highest over the heads of a layer, read from the tensors; one number "
         "where all are equal. g, mu and beta have no unit, e is a squared distance, r a distance, "
-        "l is in nats for each token."
+        "l, of the heads that have it, is in nats for each token."
     )
     return "\n".join([*lines, "", legend])
 
@@ -135,7 +136,6 @@ def recipe(facts: dict[str, Any]) -> list[str]:
     training = facts["training"]
     if training is None:
         return ["How it was made is not recorded in this folder; all else is read from its files."]
-    tried = ", ".join(f"{rate:g}" for rate in training["learning_rates_tried"])
     schedule = training.get("schedule", "a cosine")
     return [
         f"Trained from nothing, seed {training['seed']}: {counted(training['steps'], 'step')} of "
@@ -144,9 +144,14 @@ def recipe(facts: dict[str, Any]) -> list[str]:
         f"{facts['settings'].dropout:g}.",
         f"AdamW, learning rate {training['learning_rate']:g} after "
         f"{counted(training['warmup_steps'], 'step')} of warmup, then {schedule}; weight decay "
-        f"{training['weight_decay']:g}. The rate is the best of {tried} on another seed.",
+        f"{training['weight_decay']:g}.{rate_text(training)}{_repulsion(training)}",
         f"Text: {training['text']}.",
     ]
+
+
+def _repulsion(training: dict[str, Any]) -> str:
+    weight = training.get("repulsion_weight")
+    return f" Its coordinates repelled each other in training, weight {weight:g}." if weight else ""
 
 
 def loading(facts: dict[str, Any], name: str) -> str:

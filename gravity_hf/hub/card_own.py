@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .. import __version__
+from .card_pretrained import results_of_record
 from .card_public import public
 from .file_names import RESULTS_FILE
 from .tensor_files import read_json, shapes_of_export
@@ -56,11 +57,12 @@ def complete_own(
 
 
 def results_of_own(folder: Path, model_type: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """results.json of a saved model, if there is one, with its config, how many parameters it has
-    and its constants, `layers`: all that a card needs, JSON-able, without any path."""
+    """results.json of a saved model, or else what the record of its training says, with its config,
+    how many parameters it has and its constants, `layers`: all that a card needs, JSON-able,
+    without any path."""
     file = folder / RESULTS_FILE
     return {
-        **public(read_json(file) if file.is_file() else {}),
+        **public(read_json(file) if file.is_file() else results_of_record(folder, model_type)),
         "model_type": model_type,
         "config": read_json(folder / CONFIG),
         "parameters": parameters_of(folder),

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..training.folders import BEST, LAST, VALIDATION_FILE
+
 # Where `gravity-hf convert` keeps its steps.
 WORK_FOLDER = "work"
 _CACHES = ("__pycache__",)
 # What a Trainer leaves beside the weights: pickles, and the paths of the machine.
 TRAINER_FILES = re.compile(
-    r"training_args\.bin|trainer_state\.json|(optimizer|scheduler|scaler)\.(pt|bin)"
+    r"training_args\.bin|(trainer_state|pretrain_settings)\.json|(optimizer|scheduler|scaler)\.(pt|bin)"
     r"|rng_state(_\d+)?\.pth"
 )
 _TRAINER_FOLDERS = re.compile(r"checkpoint-\d+")
@@ -28,8 +30,8 @@ class Contents:
 
 
 def contents_of(folder: Path) -> Contents:
-    """What of `folder` goes to the Hub: everything but hidden files, caches, `work/`, and a
-    Trainer's own files and checkpoints.
+    """What of `folder` goes to the Hub: everything but hidden files, caches, `work/`, a Trainer's
+    own files and checkpoints, and the models `best/` and `last/` that a training keeps beside it.
 
     Raises:
         ValueError: there is no such folder, or it holds a link that leads out of it.
@@ -65,5 +67,6 @@ def _stays(name: str, entry: os.DirEntry[str]) -> bool:
         return True
     # The rest is looked for at the top, where it is written.
     if entry.is_dir():
-        return name == WORK_FOLDER or _TRAINER_FOLDERS.fullmatch(name) is not None
+        kept = name in (BEST, LAST) and Path(entry.path, VALIDATION_FILE).is_file()
+        return kept or name == WORK_FOLDER or _TRAINER_FOLDERS.fullmatch(name) is not None
     return TRAINER_FILES.fullmatch(name) is not None

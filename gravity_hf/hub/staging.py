@@ -16,6 +16,7 @@ from torch import nn
 
 from ..training.files import write_json, write_text
 from .card_host import read_host_card
+from .card_pretrained import RECORD_FILE
 from .card_public import is_hub_name, public
 from .checks import ADAPTER_CONFIG_FILE, is_adapter
 from .contents import contents_of
@@ -101,6 +102,8 @@ def _lay_out(place: _Place, name: str, extras: Extras, access: Access) -> Staged
         del own[RESULTS_FILE]
     if results is not None and (extras.results or read_json(own[RESULTS_FILE]) != results):
         write_json(place.beside / RESULTS_FILE, results)
+    if RECORD_FILE in own:
+        write_json(place.beside / RECORD_FILE, public(read_json(own[RECORD_FILE])))
     notices += more + _add_inputs(place, own, extras, access)
     notices += _add_figures(place, own, extras.figures, results)
     files = {path: file for path, file in own.items() if not _is_replaced(path, extras)}

@@ -74,7 +74,8 @@ def _coordinates(config: PreTrainedConfig) -> str:
     parts += ["content"] if config.content_coordinates else []
     parts += ["places again in every layer"] if config.anchor_coordinates else []
     parts += ["the hidden state in every layer"] if config.hidden_head_coordinates else []
-    maps = ", keys by maps of their own" if config.asymmetric else ""
+    began = " that began as copies" if config.shared_start else ""
+    maps = f", keys by maps of their own{began}" if config.asymmetric else ""
     return (
         f"{config.coord_dim} coordinates, {config.head_coord_dim} in each head, of "
         f"{', '.join(parts)}{maps}; {_MOVED[config.coordinate_source]}"

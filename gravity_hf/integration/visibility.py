@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from ..ops.exporting import is_exporting
 from .mask_patterns import MaskFunction, Pattern, find_pattern
 
 
@@ -88,7 +89,7 @@ def read_visible_keys(request: MaskRequest, check: bool) -> VisibleKeys | None:
 
 def dense_visible_keys(visible: Tensor) -> VisibleKeys:
     """A dense bool mask `[B, 1, Tq, Tk]`, with ranges that hold all it shows, for skipping."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         # A program skips nothing, and other runtimes have no running minimum.
         return VisibleKeys(mask=visible)
     return VisibleKeys(key_ranges=_hull(visible[:, 0]), mask=visible)

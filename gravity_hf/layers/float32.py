@@ -24,6 +24,14 @@ class Float32(nn.Module):
         return super()._apply(without_rounding, recurse)
 
 
+def widen(model: nn.Module) -> None:
+    """Make the `Float32` parts of a new model float32 where it was made in half precision, by
+    `from_config(config, dtype=...)` say; weights that a checkpoint lacks are made like them."""
+    for module in model.modules():
+        if isinstance(module, Float32):
+            module._apply(lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Under autocast a product would be rounded. Where there is none it costs nothing."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):

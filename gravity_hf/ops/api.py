@@ -12,6 +12,7 @@ from .checks import check_call
 from .chunked import gravity_attention_chunked
 from .curvature import Curvature
 from .cutoff import Cutoff
+from .exporting import is_exporting
 from .flex import flex_refusal, gravity_attention_flex
 from .ranges import ranges_from_cu_seqlens
 from .reference import compute_dtype, gravity_attention_reference
@@ -170,7 +171,7 @@ def choose_implementation(
     Inside `torch.export`, which `torch.onnx.export` uses too, it is `"reference"`: plain
     arithmetic, so that the program runs without this library and can be translated.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "reference"
     name, _ = _explain(v.device, v.dtype, *_of_call(q, v, options))
     if v.numel() == 0 or (q is not None and q.numel() == 0):

@@ -17,7 +17,7 @@ from .curvature import Curvature
 from .cutoff import Cutoff
 from .problem import DecodingProblem
 from .reference import compute_dtype
-from .registry import attention
+from .registry import attention, is_observed
 from .shared_op import shared_attention
 
 # Up to this many queries per key head, reading the keys costs more than the scores do, and
@@ -235,5 +235,5 @@ def _is_decoding(q: Tensor, k: Tensor, *arguments: object) -> bool:
     if torch.compiler.is_compiling() or q.shape[2] * q.shape[1] > DECODE_QUERIES * k.shape[1]:
         return False
     tensors = [x for x in (q, k, *arguments) if isinstance(x, Tensor)]
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors)
-    return plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not needs_gradient and not is_observed(tensors)

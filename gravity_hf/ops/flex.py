@@ -77,6 +77,7 @@ def gravity_attention_flex(
         "key_radius_sq": key_radius_sq,
         "query_mass": query_mass,
         "key_mass": key_mass,
+        "log_key_mass": log_key_mass,
         "head_bias": head_bias,
         "repulsive": repulsive,
         "cutoff": cutoff,

@@ -8,8 +8,11 @@ traced graph could not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .blockwise import DIFFERENTIABLE, attention_backward, attention_forward
 from .problem import Problem
@@ -36,16 +39,39 @@ torch.library.define(
 def attention(*arguments: object) -> Tensor:
     """`arguments`: the fields of `Problem`. Output `[B, H, Tq, Dv]`."""
     tensors = [x for x in arguments[:_TENSORS] if x is not None]
-    if torch.compiler.is_compiling() or not all(is_plain(x) for x in tensors):
+    if torch.compiler.is_compiling() or is_observed(tensors):
+        refuse_tangents(tensors)
         return torch.ops.gravity_hf.attention(*arguments)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _Attention.apply(*arguments)
     return attention_forward(Problem(*arguments))
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Real memory, and nobody in between who looks for operators."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+def is_observed(tensors: Sequence[Tensor]) -> bool:
+    """Whether a mode, a transform or a tensor that stands in for another looks for operators; not
+    asked about compilers."""
+    if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return not all(_is_plain(x) for x in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # Batches of gradients (`is_grads_batched`) come as tensors of this kind, outside of any stack.
+    batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not batched
+
+
+def refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    """The operator would lose them without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "gravity_attention: expected tensors without tangents, got forward-mode derivatives; "
+            "the chunked implementation has backward ones only. Use impl='reference'"
+        )
 
 
 class _Attention(torch.autograd.Function):
@@ -101,7 +127,7 @@ def _gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     needed = ctx.needs_input_grad[:_COUNT]
     arguments = (*ctx.saved_tensors, *ctx.options)
     of_mask = needed[DIFFERENTIABLE.index("mask")]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(grad):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_observed([grad]):
         results = torch.ops.gravity_hf.attention_backward(grad, *arguments, of_mask)
     else:
         results = attention_backward(grad, Problem(*arguments), of_mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .registry import is_plain, no_second_gradient
+from .registry import is_observed, no_second_gradient, refuse_tangents
 from .shared import SharedProblem
 from .tables import DIFFERENTIABLE, output_of, room_of, shared_backward, shared_forward
 
@@ -33,7 +33,8 @@ torch.library.define(
 def shared_attention(*arguments: object) -> Tensor:
     """`arguments`: the fields of `SharedProblem`. Output `[B, H, Tq, Dv]`."""
     tensors = [x for x in arguments[:_TENSORS] if x is not None]
-    if torch.compiler.is_compiling() or not all(is_plain(x) for x in tensors):
+    if torch.compiler.is_compiling() or is_observed(tensors):
+        refuse_tangents(tensors)
         return torch.ops.gravity_hf.shared_attention(*arguments)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _Shared.apply(*arguments)
@@ -89,7 +90,7 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 def _gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     arguments = (*ctx.saved_tensors, *ctx.options)
     needed = list(ctx.needs_input_grad[:_COUNT])
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(grad):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_observed([grad]):
         results = torch.ops.gravity_hf.shared_attention_backward(grad, *arguments, needed)
     else:
         results = shared_backward(grad, SharedProblem(*arguments), needed)

@@ -17,6 +17,9 @@ COMPANIONS = (
 )
 WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.pt2")
 EXPORT_FILE = "export.json"
+# What a training from scratch keeps in its folder beside the model as it was last.
+BEST, LAST = "best", "last"
+VALIDATION_FILE = "validation.json"
 _MODEL_FILES = (*COMPANIONS, *WEIGHTS, "*.safetensors.index.json", EXPORT_FILE)
 _NAMED_AT_MOST = 5
 

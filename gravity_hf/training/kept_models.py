@@ -9,10 +9,9 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .files import write_json
-from .folders import whole_folder
+from .folders import BEST, LAST, VALIDATION_FILE, whole_folder
 
-BEST, LAST = "best", "last"
-VALIDATION_FILE = "validation.json"
+__all__ = ["BEST", "LAST", "VALIDATION_FILE", "KeepModels"]
 
 
 class KeepModels(TrainerCallback):

@@ -109,6 +109,18 @@ class GravityTrainer(Trainer):
             )
         return self.optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"{checkpoint}: expected the optimiser's groups of this run (weights, what is not "
+                f"decayed, tables, gravity), got others ({error}): another version of this library "
+                "or other settings wrote it. Train on with those, or begin in another folder"
+            ) from error
+
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         # The first moment after accelerate has given the optimizer the sharded parameters. It tells
         # them apart by address, which masses have not where there are fewer than processes.

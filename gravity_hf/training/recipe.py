@@ -143,6 +143,9 @@ def train_resumably(trainer: Trainer) -> list[dict[str, float]]:
     Checkpoints that were cut off are removed. On the CPU a resumed run ends with the same numbers,
     bit for bit, as one that was never stopped.
 
+    Raises:
+        ValueError: checkpoints of a run with another number of processes, or of another optimiser.
+
     Returns:
         `step`, `loss` (mean since the entry before it) and, where there is one, `grad_norm` (before
         clipping) of everything that was logged, from the first step on.
@@ -150,6 +153,7 @@ def train_resumably(trainer: Trainer) -> list[dict[str, float]]:
     folder = Path(trainer.args.output_dir)
     state = PartialState()
     checkpoint = last_whole_checkpoint(folder, state.num_processes)
+    _refuse_other_processes(folder, checkpoint, state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
         for other in checkpoints_of(folder):
@@ -162,6 +166,20 @@ def train_resumably(trainer: Trainer) -> list[dict[str, float]]:
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+
+
+def _refuse_other_processes(folder: Path, checkpoint: Path | None, processes: int) -> None:
+    """What more or fewer processes have left is whole for them: nothing to be cleared away."""
+    for other in reversed(checkpoints_of(folder)):
+        if checkpoint is not None and _step_of(other) <= _step_of(checkpoint):
+            return
+        # One process names its file without a number.
+        written = len(list(other.glob("rng_state_*.pth"))) or 1
+        if written != processes and is_whole_checkpoint(other, written):
+            raise ValueError(
+                f"{other}: expected a checkpoint of {processes} process(es), as this run has, got "
+                f"one of {written}. Run it with {written} again, or choose another folder"
+            )
 
 
 def last_whole_checkpoint(folder: Path, processes: int = 1) -> Path | None:

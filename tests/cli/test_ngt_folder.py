@@ -44,6 +44,12 @@ def test_both_write(ngt, twin):
         assert result.exit_code == 0 and result.output.startswith("Gravity"), result.output
 
 
+def test_no_control_character_reaches_the_terminal(ngt):
+    result = run("generate", ngt, "fall\x1b[31m", "--max-new-tokens", 1)
+    assert result.exit_code == 0 and "\x1b" not in result.output
+    assert result.output.startswith("fall\u241b[31m")
+
+
 def test_a_table_that_ends_is_one_plain_error(twin):
     result = run("generate", twin, "Gravity", "--max-new-tokens", 40)
     assert result.exit_code == 2 and "Traceback" not in result.output

@@ -48,6 +48,23 @@ RESULTS: dict[str, Any] = {
 }
 
 
+# As pretrain.json has it; what no card reads is left out.
+RECORD: dict[str, Any] = {
+    **{"loss": 2.5, "tokens": 40 * 6 * 24, "seed": 3},
+    "arguments": {"architecture": "ngt", "length": 24, "repulsion_weight": 0.05},
+    "training": {
+        **{"learning_rate": 3e-3, "lr_scheduler_type": "cosine_with_min_lr", "max_steps": 40},
+        **{"lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "warmup_steps": 0.1},
+        **{"weight_decay": 0.1, "bf16": True},
+    },
+    "text": {"description": "two files", "digest": "0123456789abcdef", "bytes_per_token": 2.0},
+    "conditions": {
+        **RESULTS["conditions"],
+        "command": "python /home/me/scripts/pretrain.py --output_dir /home/me/out",
+    },
+}
+
+
 def results(**changes: Any) -> dict[str, Any]:
     """A copy with other top keys."""
     return {**copy.deepcopy(RESULTS), **changes}

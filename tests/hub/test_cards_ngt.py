@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from hub.card_results import section, table
-from hub.ngt_results import RESULTS, config, results, saved_ngt
+from hub.ngt_results import RECORD, RESULTS, config, results, saved_ngt
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import softplus
 from transformers import AutoModelForCausalLM
@@ -95,6 +95,8 @@ def test_what_was_measured_is_that_of_the_results(measured: Path) -> None:
         ("v2", {"cutoff": "hard"}, "over j < i, d2 <= r^2"),
         ("v2", {"cutoff": "log"}, "^g) + ln sigmoid((r^2 - d2) / 1) over"),
         ("v2", {"anchor_coordinates": False}, "c = Wc z + Wu LN(h) + b    (keys have"),
+        ("v2", {}, "(keys have maps of their own, which began as copies)\n"),
+        ("v2", {"shared_start": False}, "(keys have maps of their own)\n"),
         ("reference", {}, "softmax of (-g / (d2(i, j) + e) + beta) m_i m_j over j <= i, d2 <="),
         ("reference", {"cutoff": "soft"}, "m_i m_j times max(1 - d2 / r^2, 0) over"),
         (
@@ -135,6 +137,25 @@ def test_a_twin_is_not_called_gravity(tmp_path: Path) -> None:
     card = card_of_folder(saved_ngt(tmp_path / "twin", **TWIN), "me/twin")
     assert card.data.tags == ["ngt"]
     assert "has no gravity" in card.text and "Tokens are particles" not in card.text
+
+
+def test_without_results_the_record_of_the_training_says_how_it_was_made(
+    saved: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "trained"))
+    (folder / "pretrain.json").write_text(json.dumps(RECORD))
+    card = card_of_folder(folder, "me/trained")
+    made, known = section(card, "How it was made"), section(card, MEASURED)
+    assert "40 steps of 6 windows of 24 tokens, 5,760 tokens in all, in bfloat16" in made
+    assert "0.003 after 4 steps of warmup, then a cosine to 0.1 of it" in made
+    assert "best of" not in made and "repelled each other in training, weight 0.05" in made
+    assert "2.5000 nats per token, about 1.8034 bits per byte" in known
+    assert "python pretrain.py --output_dir out" in known and "/home" not in str(card)
+    assert "Beside that loss its quality was not measured" in section(card, "What it cannot do")
+    (folder / "pretrain.json").write_text(
+        json.dumps({**RECORD, "arguments": {"architecture": "gpt2", "length": 24}})
+    )
+    assert "is not recorded" in section(card_of_folder(folder, "x"), "How it was made")
 
 
 def test_how_to_load_it_works(measured: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hub.loopback import LoopbackHub
+from hub.ngt_results import RECORD, saved_ngt
 from hub.ngt_results import config as ngt_config
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
@@ -22,6 +24,8 @@ from gravity_hf import (
     load_gravity_model,
     push_gravity_model,
 )
+from gravity_hf.hub.extras import Extras
+from gravity_hf.hub.staging import staged
 
 SIZES = {
     "vocab_size": 64,
@@ -74,3 +78,18 @@ def test_what_cannot_be_pushed_says_what_to_do(tmp_path: Path) -> None:
     TriModel(TriModelConfig(**SIZES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no card is made"):
         push_gravity_model(tmp_path, "me/x", dry_run=True)
+
+
+def test_of_a_training_one_model_goes_up_and_no_place_on_this_machine(tmp_path: Path) -> None:
+    saved_ngt(tmp_path)
+    for kept in ("best", "last"):
+        saved_ngt(tmp_path / kept)
+        (tmp_path / kept / "validation.json").write_text("{}")
+    saved_ngt(tmp_path / "mine")
+    (tmp_path / "pretrain_settings.json").write_text("{}")
+    (tmp_path / "pretrain.json").write_text(json.dumps(RECORD))
+    with staged(tmp_path, "me/ngt", Extras(), online=False) as laid_out:
+        assert "mine/model.safetensors" in laid_out.files
+        assert not any(path.startswith(("best", "last", "pretrain_s")) for path in laid_out.files)
+        assert "left out: best/, last/, pretrain_settings.json" in laid_out.notices
+        assert "/home" not in laid_out.files["pretrain.json"].read_text()

@@ -146,6 +146,10 @@ def test_leaves_that_require_grad_are_served_without_grad():
     ("changes", "message"),
     [
         ({"mass": torch.ones(4, requires_grad=True)}, "under torch.no_grad"),
+        (
+            {"law": "power", "log_key_mass": torch.zeros(2, 4, 11, requires_grad=True)},
+            "under torch.no_grad",
+        ),
         ({"dropout_p": 0.1}, "dropout_p = 0, got 0.1"),
         ({name: make_inputs()[name] for name in "qkv"}, "got torch.float64"),
         ({"q": torch.ones(2, 4, 0, 6)}, "no empty dimension"),

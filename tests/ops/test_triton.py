@@ -86,7 +86,8 @@ def test_views_are_read_in_place_and_odd_widths_are_padded():
 
 
 def test_every_run_gives_the_same_bits():
-    inputs = cast(make_inputs(queries=70, keys=70, width=32, heads=8), torch.bfloat16)
+    heads = 8 if ON_GPU else 4
+    inputs = cast(make_inputs(queries=70, keys=70, width=32, heads=heads), torch.bfloat16)
     first = kernel_results(inputs, causal=True)
     for name, value in kernel_results(inputs, causal=True).items():
         assert torch.equal(value, first[name]), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -33,22 +34,26 @@ def uninterrupted(host: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def kill_in(step: str, host: Path, out: Path) -> Path:
-    """Start the script, kill it (SIGKILL) once `step` has a checkpoint; that step's folder."""
+def kill_in(step: str, host: Path, out: Path) -> tuple[Path, str]:
+    """Start the script, kill it (SIGKILL) once `step` has a checkpoint; that step's folder, and
+    what the script had printed."""
     folder = out / "work" / f".{step}"
-    command = [sys.executable, str(SCRIPT), *flags(host, out, **LONG)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    try:
-        for _ in wait(300):
-            assert process.poll() is None, "ended before it could be killed"
-            if list(folder.glob("checkpoint-*/trainer_state.json")):
-                break
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, "-u", str(SCRIPT), *flags(host, out, **LONG)]
+    with (out.parent / f"{step}.txt").open("w+") as screen:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=screen)
+        try:
+            for _ in wait(300):
+                assert process.poll() is None, "ended before it could be killed"
+                if list(folder.glob("checkpoint-*/trainer_state.json")):
+                    break
+        finally:
+            process.kill()
+            process.wait()
+        screen.seek(0)
+        printed = screen.read()
     assert folder.is_dir() and not (out / "work" / step).exists(), "killed too late"
     assert not (out / "config.json").exists()
-    return folder
+    return folder, printed
 
 
 def wait(seconds: float) -> Iterator[None]:
@@ -69,12 +74,15 @@ def assert_same_end(out: Path, other: Path) -> None:
     assert different == []
 
 
-def test_killed_in_lora_it_ends_bit_for_bit_as_if_it_had_not_been(
+def test_killed_in_every_training_it_ends_bit_for_bit_as_if_it_had_not_been(
     host: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Goes on once from the checkpoint, and once with that checkpoint cut off in the writing."""
+    """Killed in transfer, then in LoRA. It goes on once from that checkpoint, and once with it cut
+    off in the writing."""
     out = tmp_path / "out"
-    folder = kill_in("lora", host, out)
+    kill_in("transfer", host, out)
+    folder, screen = kill_in("lora", host, out)
+    assert ran(screen) == ["transfer", "lora"]
     damaged = tmp_path / "damaged"
     shutil.copytree(out, damaged)
 
@@ -92,23 +100,16 @@ def test_killed_in_lora_it_ends_bit_for_bit_as_if_it_had_not_been(
     assert_same_end(damaged, uninterrupted)
 
 
-def test_killed_in_transfer_it_ends_bit_for_bit_as_if_it_had_not_been(
-    host: Path, uninterrupted: Path, tmp_path: Path
+def test_an_error_is_one_line_and_leaves_nothing(
+    host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    kill_in("transfer", host, out)
-    _, screen = convert(host, out, **LONG)
-    assert ran(screen)[0] == "transfer"
-    assert_same_end(out, uninterrupted)
-
-
-def test_an_error_is_one_line_and_leaves_nothing(host: Path, tmp_path: Path) -> None:
-    call = [sys.executable, str(SCRIPT), *flags(host, tmp_path / "out", samples=100_000)]
-    done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 2
-    message = done.stderr.strip().splitlines()[-1]
+    call = [str(SCRIPT), *flags(host, tmp_path / "out", samples=100_000)]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: samples: expected at least 100000")
-    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -46,17 +47,24 @@ def shape(settings, *flags):
 @pytest.mark.parametrize(
     ("flags", "parameters", "is_twin"),
     [
-        (("--preset", "reference"), 25_591_432, False),
+        ((), 25_591_712, False),
+        (
+            ("--preset", "reference", "--overrides", "intermediate_size=2048"),
+            25_591_432,
+            False,
+        ),
         (("--overrides", "attention=dot_product,intermediate_size=1536"), 25_486_336, True),
         (
-            ("--overrides", "attention=dot_product,positions=alibi,intermediate_size=1536"),
-            25_486_336 - 512 * 512,
+            ("--overrides", "attention=dot_product,positions=alibi,intermediate_size=1568"),
+            25_486_592,
             True,
         ),
     ],
-    ids=["reference", "vanilla", "alibi"],
+    ids=["v2", "reference", "vanilla", "alibi"],
 )
-def test_one_flag_makes_the_recipe_a_published_model(settings, flags, parameters, is_twin):
+def test_the_recipe_and_what_it_is_compared_with_are_of_one_size(
+    settings, flags, parameters, is_twin
+):
     made = shape(settings, *flags)
     assert made.num_parameters() == parameters
     assert (made.config.attention == "dot_product") == is_twin
@@ -130,3 +138,12 @@ def test_errors_are_one_line_before_any_work(script, tmp_path, capsys):
         shown = capsys.readouterr()
         assert end.value.code == 2 and message in shown.err and shown.err.count("\n") == 1
         assert not shown.out and not out.exists()
+
+
+def test_control_c_ends_in_one_line(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(script, "load_stream", lambda **_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--model", "ngt", "--use_cpu", "--output_dir", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 130 and "goes on from the last checkpoint" in said
+    assert "Traceback" not in said

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import gravity_hf  # noqa: F401  registers LGT
+from gravity_hf.models.ngt import NGTConfig, NGTForCausalLM
 from gravity_hf.training.recall import (
     TASKS,
     AssociativeSettings,
@@ -120,6 +121,21 @@ def test_an_ngt_learns_what_stood_beside_the_one_key() -> None:
     assert list(result.curve) == [20, 40, 60] and len(result.losses) == 60
     never = train_associative(new_ngt(), replace(ONE_PAIR, steps=1))
     assert never.steps_to_recall is None and list(never.curve) == [1]
+
+
+@pytest.mark.slow
+def test_v2_recalls_what_the_published_design_cannot_look_up() -> None:
+    """The queries of the published one know nothing of their own token: it guesses among values."""
+    settings = AssociativeSettings(pairs=5, keys=12, values=12, steps=400, rows=48)
+    sizes = {"vocab_size": settings.vocabulary, "max_position_embeddings": settings.length}
+    shape = {"hidden_size": 64, "coord_dim": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    found = {}
+    for preset in ("v2", "reference"):
+        torch.manual_seed(0)
+        given = {**sizes, **shape, "intermediate_size": 64, "dropout": 0.0}
+        model = NGTForCausalLM(NGTConfig.from_preset(preset, **given))
+        found[preset] = train_associative(model, settings).accuracy
+    assert found["v2"] > 0.95 and found["reference"] < 0.6
 
 
 def test_more_pairs_than_keys_are_refused() -> None:

@@ -122,6 +122,20 @@ def test_every_process_must_have_left_its_random_numbers(whole_run: Any, tmp_pat
     assert not is_whole_checkpoint(folder, processes=3)
 
 
+def test_checkpoints_of_another_number_of_processes_are_refused_not_deleted(
+    whole_run: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for step in (4, 6):
+        shutil.copytree(whole_run[0] / f"checkpoint-{step}", run / f"checkpoint-{step}")
+    last = run / "checkpoint-6"
+    shutil.copy(last / "rng_state.pth", last / "rng_state_1.pth")
+    (last / "rng_state.pth").rename(last / "rng_state_0.pth")
+    with pytest.raises(ValueError, match=r"checkpoint-6: expected .* 1 process.*one of 2"):
+        train_resumably(make_trainer(run))
+    assert is_whole_checkpoint(last, processes=2)
+
+
 def test_checkpoints_are_ordered_by_step_and_nothing_else_is_one(tmp_path: Path) -> None:
     for name in ("checkpoint-10", "checkpoint-9", "checkpoint-best", "runs"):
         (tmp_path / name).mkdir()

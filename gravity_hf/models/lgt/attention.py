@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ...layers.float32 import Float32, without_autocast
 from ...layers.observing import Observer
+from ...ops.reference import compute_dtype
 from .call import LGTAttentionCall
 from .configuration_lgt import LGTConfig
 from .geometry import Geometry
@@ -42,7 +43,8 @@ class LGTGravity(Float32):
     def initial_constants(self, config: LGTConfig) -> Tensor:
         """`[H]`: `G0 layer_decay^i head_decay^k`."""
         first = config.gravitational_constant * config.G_layer_decay**self.layer_idx
-        return torch.tensor([first * config.G_head_decay**k for k in range(self.heads)])
+        constants = [first * config.G_head_decay**k for k in range(self.heads)]
+        return torch.tensor(constants, dtype=compute_dtype(torch.get_default_dtype()))
 
     def forward(self, hidden: Tensor) -> LGTMasses:
         """`hidden` `[B, T, d]`; head k reads channels `[k h, (k + 1) h)`."""

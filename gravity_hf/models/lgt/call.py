@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...layers.observing import RowSample, capped_force
 from ...ops.api import gravity_attention
+from ...ops.exporting import is_exporting
 from ...ops.reference import compute_dtype, gravity_attention_reference
 from ...ops.shared_op import shared_attention
 from ..visibility import visible_rows
@@ -114,7 +115,7 @@ class LGTAttentionCall:
         seen = self.geometry.visible
         plain = self.geometry.table is not None and seen.mask is None and seen.key_ranges is None
         plain = plain and not self.weights_asked and self.law.implementation in _CHUNKED
-        return plain and self.value.device.type == "cpu" and not torch.compiler.is_exporting()
+        return plain and self.value.device.type == "cpu" and not is_exporting()
 
     def _by_table(self) -> Tensor:
         """`[B, H, Tq, h]` as by `gravity_attention`, whose way from arguments to the operator costs

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ...layers.float32 import Float32
+from ...layers.float32 import Float32, widen
 from ...layers.positions import CurvedPositionEmbedding, FractalPositionEmbedding
 from ..checkpointing import refuse_reentrant
 from ..placing import CACHE_FIELD, documents_of
@@ -79,6 +79,10 @@ class LGTPreTrainedModel(PreTrainedModel):
         """Grow by one layer without changing what the model computes; see `growing.add_layer`."""
         block = LGTBlock(self.config, len(self.base_model.layers))
         return add_layer(self, block)
+
+    def post_init(self) -> None:
+        widen(self)
+        super().post_init()
 
     def _set_gradient_checkpointing(self, *args: Any, **options: Any) -> None:
         refuse_reentrant(args, options)

@@ -84,8 +84,10 @@ class NGTForCausalLM(NGTPreTrainedModel, CachedGenerationMixin):
         """As `NGTModel.forward`, and:
 
         Args:
-            labels: `[B, T]`, shifted here; -100 is left out of the loss.
-            logits_to_keep: only the last so many logits, or those at these indices; 0: all.
+            labels: `[B, T]`, shifted here; -100 is left out of the loss, and with
+                `config.crop_long_inputs` what is not read.
+            logits_to_keep: only the last so many logits, or those at these indices of what is
+                read; 0: all.
             kwargs: for the loss, such as `num_items_in_batch`; what else generation, servers and
                 tokenizers hand to any model is ignored.
 
@@ -106,6 +108,10 @@ class NGTForCausalLM(NGTPreTrainedModel, CachedGenerationMixin):
             return_dict=True,
         )
         hidden = outputs.last_hidden_state
+        if labels is not None:
+            # Of an input that is too long its end was read.
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            labels = labels[:, given.shape[1] - hidden.shape[1] :]
         logits, loss = self.logits_and_loss(hidden, labels, logits_to_keep, kwargs)
         return NGTCausalLMOutput(
             loss=loss,

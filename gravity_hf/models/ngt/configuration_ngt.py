@@ -80,8 +80,8 @@ class NGTConfig(PreTrainedConfig):
         positions: of a twin: `"learned"`, `"sinusoidal"`, `"alibi"` or `"none"`.
         law: `"power"` or `"force"`.
         repulsive: what is near is avoided, as published; force law only.
-        softening: `e`, in units of squared distance. None: `0.3125 head_coord_dim`, about a fifth
-            of the squared distances that a new model has.
+        softening: `e`, in units of squared distance. None: `0.3125 head_coord_dim`, three tenths
+            of the mean squared distance in a new model.
         learn_softening: one per head, `softplus(.) + 1e-4`, starting at `softening`.
         initial_strength: `g = softplus(gamma)` at the start.
         token_masses: `m = softplus(E_mass[token])`; False: all masses are 1.
@@ -99,7 +99,7 @@ class NGTConfig(PreTrainedConfig):
         asymmetric: keys have maps to head coordinates of their own.
         shared_start: those start as copies of the queries' maps, so that a new model is symmetric:
             like tokens are near each other before anything is learned.
-        mass_fading: the share of heads, the last ones, in which masses fade with age, `l_h > 0`
+        mass_fading: the share of heads, in whole ones, the last, whose masses fade with age: `l_h`
             nats for each position `t`; learned, starting at `2^(-8 (h + 1) / H)`, the slopes of
             ALiBi. In the others `l_h` is 0. Power law only.
         coordinate_source: what moves coordinates: `"hidden"` as above; `"attention"`: `Wn a_i`
@@ -109,7 +109,7 @@ class NGTConfig(PreTrainedConfig):
             of the force law; see `gravity_hf.ops.cutoff.Cutoff`. A token that a hard one leaves
             nothing, which with maps of their own for keys may be itself, too, gathers nothing.
         initial_radius: before softplus; one radius for the heads of a layer. None: `1.5
-            sqrt(head_coord_dim)`, within which a new model has about nine tenths of its pairs.
+            sqrt(head_coord_dim)`, within which a new model has nearly all of its pairs.
         cutoff_width: of the hard and the logarithmic cutoff, in units of squared distance. Of the
             hard one it changes gradients alone: they reach what lies so near to the edge. Towards
             0 they are those of published models, whose radius has none.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...ops.exporting import is_exporting
 from ..visibility import Visibility
 from .attention import AttentionResult
 from .configuration_ngt import NGTConfig
@@ -98,7 +99,9 @@ class DotProductAttention(nn.Module):
         if added is None:
             return seen, False
         if seen is not None:
-            added = added.masked_fill(~seen, float("-inf"))
+            # Other runtimes make NaN of a row that is -inf throughout, such as padding's.
+            hidden = torch.finfo(q.dtype).min if is_exporting() else float("-inf")
+            added = added.masked_fill(~seen, hidden)
         return added.to(q.dtype), False
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ...layers.float32 import Float32
 from ...layers.observing import Observer
 from ...ops.cutoff import Cutoff
+from ...ops.reference import compute_dtype
 from .configuration_checks import SOFTENING_FLOOR
 from .configuration_ngt import NGTConfig
 
@@ -81,9 +82,10 @@ class NGTGravity(Float32):
         if self.fading_heads:
             first, heads = self.heads - self.fading_heads, self.heads
             slopes = [2.0 ** (-8.0 * (head + 1) / heads) for head in range(first, heads)]
-            values["fading"] = torch.tensor([_inverse_softplus(slope) for slope in slopes])
+            fading = [_inverse_softplus(slope) for slope in slopes]
+            values["fading"] = torch.tensor(fading, dtype=_own_dtype())
         if config.cutoff != "none":
-            values["radius"] = torch.tensor(float(config.initial_radius))
+            values["radius"] = torch.tensor(float(config.initial_radius), dtype=_own_dtype())
         return values
 
     def strength(self) -> Tensor:
@@ -129,7 +131,12 @@ class NGTGravity(Float32):
         return f"law={force}, heads={self.heads}, cutoff={self.cutoff_kind}"
 
     def _full(self, value: float) -> Tensor:
-        return torch.full((self.heads,), value)
+        return torch.full((self.heads,), value, dtype=_own_dtype())
+
+
+def _own_dtype() -> torch.dtype:
+    """Of the constants of a new model, float32 in one of half precision, too."""
+    return compute_dtype(torch.get_default_dtype())
 
 
 def _inverse_softplus(value: float) -> float:

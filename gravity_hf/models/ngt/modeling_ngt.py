@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ...layers.float32 import widen
 from ...ops.reference import compute_dtype
 from ..checkpointing import refuse_reentrant
 from ..implementations import implementation_of
@@ -70,6 +71,10 @@ class NGTPreTrainedModel(PreTrainedModel):
         *("key_coord_proj", "anchor_proj"),
     ]
     _supports_sdpa = True
+
+    def post_init(self) -> None:
+        widen(self)
+        super().post_init()
 
     def _set_gradient_checkpointing(self, *args: Any, **options: Any) -> None:
         refuse_reentrant(args, options, "the masses")

@@ -137,7 +137,8 @@ def _of_layer(call: NGTAttentionCall, real: Tensor | None) -> dict[str, Tensor]:
         for name, value in values.items():
             means[name].add(value, everything)
             means[f"{name}_causal"].add(value, before)
-        share = weights.score.softmax(-1)
+        # A row that a cutoff leaves nothing weighs nothing.
+        share = weights.score.softmax(-1) * weights.visible
         entropy = -(share * (share + _WEIGHT_FLOOR).log()).sum(-1)
         means["entropy_mean"].add(entropy, everything.any(-1))
         means["entropy_mean_causal"].add(entropy, before.any(-1))

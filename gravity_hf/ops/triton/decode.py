@@ -313,6 +313,8 @@ def _decode_kernel(
     FORCE: tl.constexpr = LAW == "force"
     HAS_A: tl.constexpr = query_mass is not None
     HAS_B: tl.constexpr = 0 if key_term is None else 1 if FORCE else 2
+    # Where the kernels for many queries run their general code.
+    TELLS: tl.constexpr = GENERAL or HAS_A or HAS_B == 1 or CAP != "none"
     program = tl.program_id(0)
     tile = program // splits
     split = program % splits
@@ -387,7 +389,7 @@ def _decode_kernel(
         softened = tl.maximum(softened, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if CURVED:
             softened = curved(softened, kappa, horizon, NATIVE)
-        elif GENERAL and key_radius_sq is None:
+        elif TELLS and key_radius_sq is None:
             softened = told_apart(softened, 0.0, lengths)
         softened += softening[None, :]
         pair = inside[:, None] & real[None, :]

@@ -399,7 +399,8 @@ def drawn(row_key, column_key, upper):
 @triton.jit
 def kept(value, draw, dropout, NATIVE: tl.constexpr):
     """`value`, 0 where it is dropped, with a probability that is `dropout` to 2^-16."""
-    limit = tl.floor(dropout * 65536.0 + 0.5).to(tl.uint32) << 16
+    # 65536 would leave 32 bits, and with them all that is to be dropped.
+    limit = tl.minimum(tl.floor(dropout * 65536.0 + 0.5), 65535.0).to(tl.uint32) << 16
     if NATIVE:
         # Left to itself, the compiler would choose among pairs of halves, after the conversion.
         return tl.inline_asm_elementwise(

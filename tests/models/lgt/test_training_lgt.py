@@ -242,6 +242,17 @@ def test_grown_model_saves_generates_and_keeps_its_precision(tmp_path: Path) -> 
     assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape[1] > 9
 
 
+def test_a_new_model_of_half_precision_has_its_gravity_in_float32() -> None:
+    """Once its positions and masses were rounded, which those of a loaded one are not."""
+    config = tiny(G_layer_decay=0.9).config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    own = {name for name, x in tiny().bfloat16().named_parameters() if x.dtype == torch.float32}
+    new = {name for name, x in model.named_parameters() if x.dtype == torch.float32}
+    assert new == own and any(name.endswith("mass_proj.weight") for name in new)
+    gravity = model.model.layers[1].attn.gravity
+    assert gravity.G.tolist() == gravity.initial_constants(config).tolist()
+
+
 def test_curvature_is_set_at_once_and_checked() -> None:
     model = tiny()
     before = model(IDS).logits

@@ -11,8 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 
 from gravity_hf.models.ngt import NGT_PRESETS, NGTConfig, NGTForCausalLM, NGTModel
+from gravity_hf.models.ngt.statistics import gravity_statistics
 
-from .ngt_cases import SMALL, tiny
+from .ngt_cases import IDS, SMALL, tiny
 
 # Published: 25 M shape, the tied weight once.
 _W3 = {"reference": 25_591_432, "vanilla": 25_486_336}
@@ -124,6 +125,16 @@ def test_a_new_model_starts_as_its_preset_says(preset: str) -> None:
     assert 0.5 < model.mass_emb.weight.std().item() < 1.5
     if model.coord_emb is not None:
         assert 0.9 < model.coord_emb.weight.std().item() < 1.1
+
+
+def test_softening_and_radius_go_with_the_distances_of_a_new_model() -> None:
+    for width in (8, 32):
+        torch.manual_seed(0)
+        settings = {**SMALL, "hidden_size": 64, "cutoff": "hard", "head_coord_dim": width}
+        model = NGTModel(NGTConfig(**settings))
+        found = gravity_statistics(model, IDS)
+        assert 0.25 < model.config.softening / found["dist_mean_causal"] < 0.35
+        assert found["sparsity_ratio_causal"] < 0.1
 
 
 def test_other_starts() -> None:

@@ -175,6 +175,9 @@ def test_inputs_that_are_too_long_lose_their_beginning_where_asked(name: str) ->
         square = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
         whole = model(IDS, attention_mask=square).logits
         torch.testing.assert_close(whole, model(IDS[:, -6:]).logits)
+        # Once labels kept theirs.
+        loss = model(IDS, labels=IDS).loss
+        torch.testing.assert_close(loss, model(IDS[:, -6:], labels=IDS[:, -6:]).loss)
     if model.config.has_position_table:
         with pytest.raises(ValueError, match="at most 6 tokens"):
             model.train()(IDS)

@@ -57,12 +57,28 @@ def test_folder_comes_back_in_either_class(name: str, tmp_path: Path) -> None:
 
 
 def test_half_precision_leaves_gravity_in_float32(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    single = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
-    assert model.lm_head.weight.dtype == torch.bfloat16
+    """However a model was made. Once a new one of half precision failed when it was called, as did
+    one whose checkpoint lacked some of its weights."""
+    symmetric, config = tiny(asymmetric=False, mass_fading=0.0), tiny().config
+    symmetric.save_pretrained(tmp_path)
+    half = {"dtype": torch.bfloat16}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **half)
+    new = AutoModelForCausalLM.from_config(config, **half)
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, **half)
+    own = {name for name, x in tiny().bfloat16().named_parameters() if x.dtype == torch.float32}
     for part in ("mass_emb.weight", "gravity.gamma", "coord_proj.weight", "anchor_proj.weight"):
-        assert any(name.endswith(part) for name in single), part
+        assert any(name.endswith(part) for name in own), part
+    for model in (loaded, new, grown):
+        kinds = {name: x.dtype for name, x in model.named_parameters()}
+        single = {name for name, dtype in kinds.items() if dtype == torch.float32}
+        assert single == own & kinds.keys() and model(IDS).logits.dtype == torch.bfloat16
+    constants = new.model.layers[0].attn.gravity.strength()
+    torch.testing.assert_close(constants, torch.full((2,), float(config.initial_strength)))
+    # Maps of keys that a checkpoint lacks start as those of queries that it has.
+    for layer, known in zip(grown.model.layers, symmetric.model.layers, strict=True):
+        for queries, keys in layer.attn.shared_maps():
+            assert torch.equal(queries.weight, keys.weight)
+        assert torch.equal(layer.attn.key_coord_proj.bias, known.attn.coord_proj.bias)
 
 
 @pytest.mark.parametrize("name", ["v2", "reference", TWIN])

@@ -62,7 +62,9 @@ LOOKS: dict[str, dict[str, Any]] = {
     "v2": {},
     "hard": {"preset": "reference", "initial_radius": 3.0},
     "log": {"preset": "fixed", "cutoff": "log", "initial_radius": 3.0},
-    "asymmetric": {"asymmetric": True, "hidden_head_coordinates": True},
+    "asymmetric": {"shared_start": False},
+    # Of its rows some are left nothing.
+    "lonely": {"shared_start": False, "cutoff": "hard", "initial_radius": 7.0},
 }
 
 
