@@ -3,9 +3,10 @@ in turns."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ def build(
     work: str,
     device: str,
     *,
-    compiled: bool,
+    mode: str,
     size: tuple[int, int],
     made: int,
 ) -> Subject:
@@ -42,7 +43,7 @@ def build(
     Args:
         name, shape, vocabulary: as in `ngt_arms.matched_settings`.
         work: `step`, `forward` or `generate`.
-        compiled: by torch.compile, for this size alone.
+        mode: of `ngt.MODES`; compiled is for this size alone.
         size: of the tokens that are read, `[B, T]`.
         made: how many tokens a generation adds.
     """
@@ -53,21 +54,54 @@ def build(
     model = NGTForCausalLM(NGTConfig(**settings)).to(device).train(work == "step")
     if work == "generate":
         model = model.to(torch.bfloat16 if device == "cuda" else torch.float32)
-    called = torch.compile(model, dynamic=False) if compiled else model
-    ids = torch.randint(vocabulary, size)
-    call = _CALLS[work](called, ids.to(device), device, made)
-    for _ in range(3):
-        call()
+    ids = torch.randint(vocabulary, size).to(device)
+    with graphs_or_error(mode):
+        call = _CALLS[work](_compiled(model, mode, ids), ids, device, made)
+        if mode == "graphs":
+            call = _marked(call)
+        for _ in range(3):
+            call()
     timing.synchronize(device)
     known = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "intermediate_size": settings["intermediate_size"],
     }
-    if work != "generate":
+    if work != "generate" and mode != "graphs":
         # AdamW keeps two moments beside the weights.
         own = weight_bytes(model) * (3 if work == "step" else 1) / 2**20
         known["peak_mib"] = own + peak_mib(call, device)
     return Subject(call, known)
+
+
+def _compiled(model: nn.Module, mode: str, ids: Tensor) -> nn.Module:
+    if mode == "eager":
+        return model
+    if mode == "compile":
+        return torch.compile(model, dynamic=False)
+    # The tokens stay where they are: graphs read them there.
+    torch._dynamo.mark_static_address(ids)
+    return torch.compile(model, dynamic=False, mode="reduce-overhead")
+
+
+def _marked(call: Call) -> Call:
+    def marked() -> tuple[Tensor, ...]:
+        # What the call before left is no longer needed.
+        torch.compiler.cudagraph_mark_step_begin()
+        return call()
+
+    return marked
+
+
+@contextlib.contextmanager
+def graphs_or_error(mode: str) -> Iterator[None]:
+    """RuntimeError where a part that should have become a CUDA graph did not: it would run, only
+    slower, and pass for one."""
+    counted = torch._dynamo.utils.counters["inductor"]
+    before = counted["cudagraph_skips"]
+    yield
+    skipped = counted["cudagraph_skips"] - before
+    if mode == "graphs" and skipped > 0:
+        raise RuntimeError(f"expected CUDA graphs alone, got {skipped} parts without one")
 
 
 def _step(model: nn.Module, ids: Tensor, device: str, made: int) -> Call:

@@ -135,3 +135,33 @@ def test_no_model_runs_uncompiled_unseen(scripts):
     finally:
         config.recompile_limit, config.fail_on_recompile_limit_hit = before
         torch._dynamo.reset()
+
+
+def test_graphs_are_cuda_graphs_of_marked_steps_or_an_error(scripts, monkeypatch):
+    import torch
+
+    seen = []
+    compiled = lambda model, **options: seen.append(options) or model  # noqa: E731
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append("begin"))
+    given = {"mode": "graphs", "size": (1, 4), "made": 1}
+    build = scripts["ngt_subjects"].build
+    subject = build("vanilla", "quick", 64, "step", "cpu", **given)
+    subject.call()
+    options = {"dynamic": False, "mode": "reduce-overhead"}
+    assert seen == [options, "begin", "begin", "begin", "begin"]
+    assert "peak_mib" not in subject.known
+
+    def skip():
+        torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] += 1
+
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", skip)
+    with pytest.raises(RuntimeError, match="expected CUDA graphs alone, got 3 parts"):
+        build("vanilla", "quick", 64, "step", "cpu", **given)
+
+
+def test_what_compiles_longest_is_measured_last(scripts):
+    cases = list(scripts["ngt"].cuda_cases((16, 32)))
+    steps = [(case.mode, case.batch) for case in cases if case.work == "step"]
+    assert steps == [(mode, n) for mode in ("eager", "graphs", "compile") for n in (16, 32)]
+    assert [case.work for case in cases[:6]] == ["step"] * 6
