@@ -275,10 +275,11 @@ def test_query_heads_of_a_key_head_may_be_divided_among_programs(splits, monkeyp
     inputs = moved(cast(inputs, torch.float32))
     for name in ("q", "k", "v"):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
-    operator = torch.ops.gravity_hf.triton_attention.default
-    torch.library.opcheck(
-        operator, operator_arguments(inputs, save=3), test_utils="test_aot_dispatch_dynamic"
-    )
+    if splits == 2 or ON_GPU:
+        # Shapes are the operator's, whoever adds up what: in the interpreter once is enough.
+        operator = torch.ops.gravity_hf.triton_attention.default
+        arguments = operator_arguments(inputs, save=3)
+        torch.library.opcheck(operator, arguments, test_utils="test_aot_dispatch_dynamic")
     leaves = {n: x.clone(memory_format=torch.preserve_format) for n, x in inputs.items()}
     leaves = {n: x.requires_grad_() for n, x in leaves.items()}
     output = run(gravity_attention_triton, leaves)

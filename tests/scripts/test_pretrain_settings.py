@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -141,7 +140,10 @@ def test_errors_are_one_line_before_any_work(script, tmp_path, capsys):
 
 
 def test_control_c_ends_in_one_line(script, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(script, "load_stream", lambda **_: signal.raise_signal(signal.SIGINT))
+    def interrupted(**_):
+        raise KeyboardInterrupt  # what Ctrl-C is; where SIGINT is ignored a signal would be nothing
+
+    monkeypatch.setattr(script, "load_stream", interrupted)
     with pytest.raises(SystemExit) as stopped:
         script.main(["--model", "ngt", "--use_cpu", "--output_dir", str(tmp_path)])
     said = capsys.readouterr().err
