@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -67,12 +68,22 @@ def save_reciter(folder: Path, text: str, *, template: str | None = None, window
 class Terminal:
     """What a process shows on a terminal, and what is typed there."""
 
-    def __init__(self, file: int) -> None:
+    def __init__(self, file: int, process: int) -> None:
         self._file = file
+        self._process = psutil.Process(process)
         self.shown = b""
 
     def type(self, keys: str) -> None:
         os.write(self._file, keys.encode())
+
+    def wait_until_it_reads(self) -> None:
+        """Until the process sleeps. Between its prompt and that, readline loses a Ctrl-C until the
+        next key is pressed, which nobody's fingers are fast enough to see."""
+        end = time.monotonic() + _PATIENCE
+        while self._process.status() != psutil.STATUS_SLEEPING:
+            if time.monotonic() > end:
+                raise TimeoutError(f"expected a process that reads, got {self._process.status()}")
+            time.sleep(0.01)
 
     def until(self, wanted: str) -> str:
         """What comes from here on, until `wanted` is in it."""
@@ -104,7 +115,7 @@ def in_terminal(*arguments: object) -> Iterator[tuple[Terminal, int]]:
     if not process:
         _run_and_leave([str(argument) for argument in arguments])
     try:
-        yield Terminal(file), process
+        yield Terminal(file, process), process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)

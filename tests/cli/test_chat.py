@@ -169,6 +169,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(models: Path) ->
         terminal.until("fal fal fal")
         terminal.type("\x03")
         assert "(stopped)" in terminal.until("\n> ")
+        terminal.wait_until_it_reads()
         terminal.type("\x03")
         assert "Ctrl-D leaves" in terminal.until("leaves\x1b[0m\r\n> ")
         terminal.type("/help\n")
