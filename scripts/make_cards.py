@@ -5,6 +5,8 @@
     python scripts/make_cards.py lgt         an LGT of bytes, trained from nothing; a GPU helps
     python scripts/make_cards.py ngt --model runs/w3-v2
                                              an NGT that scripts/pretrain.py has trained
+    python scripts/make_cards.py geolip --model runs/geolip
+                                             a geolip, or a companion, of scripts/train_geolip.py
     python scripts/make_cards.py all
     python scripts/make_cards.py render      the cards again, from the results that lie there
 
@@ -28,8 +30,9 @@ from PIL import Image
 
 from gravity_hf.cli.demo.minilm import HOW_TO_GET, minilm_folder
 from gravity_hf.hub.card_figures import LIST
+from gravity_hf.hub.card_kinds import kind_of_folder
 from gravity_hf.hub.card_lgt import results_of_lgt
-from gravity_hf.hub.card_ngt import results_of_ngt
+from gravity_hf.hub.card_own import model_type_of
 from gravity_hf.hub.cards import write_card
 from gravity_hf.training.conditions import source_state
 from gravity_hf.training.corpus import load_corpus
@@ -77,6 +80,8 @@ SMALL_LM = Recipe(
 LGT = "lgt-stdlib"
 # Of the models of this experiment the one that the card is of.
 LGT_EXPERIMENT, LGT_FOLDER = "experiments/lgt_language_model.py", "lgt/lgt-with-options"
+# What --model may hold, by what is asked for.
+TRAINED = {"ngt": ("ngt",), "geolip": ("geolip", "geolip_companion", "geolip_prior")}
 PRETRAIN = (
     *("--attention", "dot_product", "--text_files", TEXTS["train"], "--output_dir", SMALL_LM.host),
     "--overrides",
@@ -92,8 +97,10 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("minilm", "small-lm", "lgt", "ngt", "all", "render"))
-    parser.add_argument("--model", type=Path, help="Of ngt: its folder, whose name the card gets.")
+    parser.add_argument("what", choices=("minilm", "small-lm", "lgt", *TRAINED, "all", "render"))
+    parser.add_argument(
+        "--model", type=Path, help="Of ngt and geolip: its folder, whose name the card gets."
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/cards"), help="Work folder.")
     parser.add_argument(
         "--allow-uncommitted",
@@ -101,8 +108,9 @@ def main(arguments: list[str]) -> None:
         help="Measure a tree with changes that are not committed: to try, not to keep.",
     )
     options = parser.parse_args(arguments)
-    if (options.what == "ngt") != (options.model is not None):
-        parser.error("--model: expected the folder of a trained model with ngt, and only with it")
+    if (options.what in TRAINED) != (options.model is not None):
+        named = " or ".join(TRAINED)
+        parser.error(f"--model: expected a folder with {named}, which ask for one, and only then")
     if options.what != "render" and not options.allow_uncommitted:
         require_commit()
     work = options.work.resolve()
@@ -115,8 +123,8 @@ def main(arguments: list[str]) -> None:
         make(SMALL_LM, work)
     if options.what in ("lgt", "all"):
         make_lgt(work)
-    if options.what == "ngt":
-        keep_ngt(options.model)
+    if options.what in TRAINED:
+        keep_trained(options.model, TRAINED[options.what])
     if options.what == "render":
         for results in sorted(CARDS.glob("*.results.json")):
             render(results.name.removesuffix(".results.json"))
@@ -171,11 +179,17 @@ def make_lgt(work: Path) -> None:
     render(LGT)
 
 
-def keep_ngt(folder: Path) -> None:
-    """Keep the card of a trained NGT: what was measured of it lies in its folder, in results.json
-    or in the record of its training."""
+def keep_trained(folder: Path, model_types: tuple[str, ...]) -> None:
+    """Keep the card of a trained model: what was measured of it lies in its folder, in its config,
+    in results.json or in the record of its training."""
+    kind, model_type = kind_of_folder(folder), model_type_of(folder)
+    if kind is None or model_type not in model_types:
+        raise SystemExit(
+            f"error: --model: expected a folder with a model of type {' or '.join(model_types)}, "
+            f"got {str(folder)!r} with {'none' if model_type is None else model_type}"
+        )
     name = folder.resolve().name
-    write_json(CARDS / f"{name}.results.json", results_of_ngt(folder))
+    write_json(CARDS / f"{name}.results.json", kind.results_of(folder))
     keep_figures(folder / "figures", CARDS / "figures" / name)
     render(name)
 

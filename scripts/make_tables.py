@@ -32,6 +32,7 @@ from gravity_hf.training.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "experiments")]
 
+import geolip_tables  # noqa: E402
 import lgt_experiment_tables  # noqa: E402
 import lgt_tables  # noqa: E402
 import ngt_tables  # noqa: E402
@@ -425,6 +426,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lgt-recall": lambda: lgt_experiment_tables.recall_text(RESULTS),
     "lgt-language-model": lambda: lgt_experiment_tables.language_model_text(RESULTS),
     **ngt_tables.tables(RESULTS, BENCHMARKS),
+    **geolip_tables.tables(RESULTS),
     "parallel": parallel,
     "formats": formats,
     "space": space,

@@ -74,6 +74,9 @@ def figures(
     Of an NGT the coordinates of 256 tokens of the text, or of --prompt, are drawn: as a picture
     after one layer (default: the last), and always as a page to turn with all layers.
 
+    Of a geolip or a companion spectra, alphas, deviations and reconstructions are drawn, of the
+    inputs that its training left in DIR: it needs neither a text nor its host.
+
     Examples:
 
         gravity-hf figures out
@@ -87,7 +90,13 @@ def figures(
     from ..viz.export import write_figures
     from ..viz.style import require_matplotlib, require_plotly
     from .hosts import load_host
-    from .own_figures import draw_coordinates, require_coordinates, stretch_of_text
+    from .own_figures import (
+        draw_coordinates,
+        draw_geolip,
+        is_geolip_folder,
+        require_coordinates,
+        stretch_of_text,
+    )
 
     require_matplotlib()
     if interactive:
@@ -98,6 +107,16 @@ def figures(
             f"{str(directory)!r}. Make one with: gravity-hf convert MODEL OUT"
         )
     target = out or directory / "figures"
+    if is_geolip_folder(directory):
+        quiet_libraries()
+        given = {"--against": against, "--text": text, "--prompt": prompt, "--layer": layer}
+        given |= {"--head": head, "--interactive": interactive or None}
+        _show(
+            make_console(),
+            draw_geolip(directory, target, given, theme=theme, device=device),
+            target,
+        )
+        return
     if is_own_folder(directory):
         require_coordinates(directory, {"--against": against, "--head": head})
     quiet_libraries()

@@ -1,5 +1,5 @@
-"""What `gravity-hf status` says of models that are gravity by themselves: LGT, the tri-model
-and NGT, whose twins have none."""
+"""What `gravity-hf status` says of models of this library's own: LGT, the tri-model, NGT and the
+geolip; NGT's twins, and a geolip unless it was asked for, have no gravity."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from ..hub.own_models import own_config
-from ..integration.own_models import gravity_in_words, sizes_in_words, why_no_text
-from ..integration.own_words import NGT, is_twin
+from ..integration.own_geolip import GEOLIPS
+from ..integration.own_models import (
+    gravity_in_words,
+    has_no_gravity,
+    sizes_in_words,
+    why_no_text,
+)
+from ..integration.own_words import NGT
+from .geolip_status import show_geolip
 
 
 def show_own_model(console: Console, directory: Path, config: dict[str, Any]) -> None:
@@ -25,7 +32,7 @@ def show_own_model(console: Console, directory: Path, config: dict[str, Any]) ->
     # As the model would read it: what config.json leaves out has its default.
     settings = own_config(directory)
     name = (config.get("architectures") or [settings.model_type])[0]
-    what = "without gravity" if is_twin(settings) else "gravity from the start"
+    what = "without gravity" if has_no_gravity(settings) else "gravity from the start"
     console.print(f"[bold]{escape(str(directory))}[/bold]: {escape(name)}, {what}")
     for line in (sizes_in_words(settings), *gravity_in_words(settings)):
         console.print(f"  {line}", markup=False)
@@ -33,6 +40,9 @@ def show_own_model(console: Console, directory: Path, config: dict[str, Any]) ->
         console.print("  no model.safetensors: the settings alone are here")
         return
     _show_tensors(console, directory, settings)
+    if settings.model_type in GEOLIPS:
+        show_geolip(console, directory, settings)
+        return
     console.print(f"  next: {_next_step(directory, settings)}", markup=False)
 
 
@@ -43,6 +53,8 @@ def _show_tensors(console: Console, directory: Path, settings: PreTrainedConfig)
     count = len(shapes_of_export(directory, "model"))
     size = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
     console.print(f"  {count} tensors, {size_in_words(size)}")
+    if settings.model_type in GEOLIPS:
+        return
     rows, columns = _constants(directory, settings)
     if not rows:
         return

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from . import card_lgt, card_lgt_text, card_ngt, card_ngt_text
+from . import (
+    card_geolip,
+    card_geolip_companion,
+    card_geolip_prior,
+    card_geolip_text,
+    card_lgt,
+    card_lgt_text,
+    card_ngt,
+    card_ngt_text,
+)
 from .card_own import model_type_of
 
 
@@ -34,6 +43,24 @@ _KINDS = {
         card_ngt.complete_ngt,
         card_ngt_text.parts,
         card_ngt_text.metadata,
+    ),
+    card_geolip.MODEL_TYPE: OwnCard(
+        card_geolip.results_of_geolip,
+        card_geolip.complete_geolip,
+        card_geolip_text.parts,
+        card_geolip_text.metadata,
+    ),
+    card_geolip_companion.MODEL_TYPE: OwnCard(
+        card_geolip_companion.results_of_companion,
+        card_geolip_companion.complete_companion,
+        card_geolip_companion.parts,
+        card_geolip_companion.metadata,
+    ),
+    card_geolip_prior.MODEL_TYPE: OwnCard(
+        card_geolip_prior.results_of_prior,
+        card_geolip_prior.complete_prior,
+        card_geolip_prior.parts,
+        card_geolip_prior.metadata,
     ),
 }
 

@@ -19,8 +19,8 @@ from .file_names import RESULTS_FILE
 from .tensor_files import read_json, shapes_of_export
 
 CONFIG = "config.json"
-# Fixed by the config: no parameter.
-_FIXED = (".pos_embedding.basis",)
+# Buffers: no parameters.
+_FIXED = (".pos_embedding.basis", "scale.mean", "scale.std")
 
 
 def model_type_of(folder: Path) -> str | None:

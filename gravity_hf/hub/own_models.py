@@ -1,4 +1,4 @@
-"""Models that are gravity by themselves, LGT, the tri-model and NGT: they have no host, and no
+"""Models of this library's own, LGT, the tri-model, NGT and the geolip: they have no host, and no
 `GravityConfig` in them."""
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ _GRAVITY = (
     *("mass_in_value", "mass_exponent", "head_bias", "coordinate_positions", "position_base"),
     *("content_coordinates", "anchor_coordinates", "hidden_head_coordinates", "asymmetric"),
     *("coordinate_source", "mass_fading", "cutoff", "cutoff_width"),
+    # Of geolip, its companion and its prior.
+    *("spectral_attention", "use_spectral", "gravity_law", "gravity_softening", "max_alpha"),
+    *("lens_mode", "lens_sign", "frame_sign", "geolip", "read_layer", "write", "causal"),
 )
 _LAWS = {"exp": "force", "power": "power"}
 

@@ -1,6 +1,6 @@
-"""Models that are gravity by construction, LGT, the tri-model and NGT: nothing is patched, and
-there is no host. NGT's twins, which have no gravity, count among them, so that they are saved,
-loaded and served in the same ways.
+"""Models of this library's own, LGT, the tri-model, NGT and the geolip: nothing is patched, and
+there is no host. Those without gravity, NGT's twins, and a geolip unless its spectra attend by
+gravity, count among them, so that they are saved, loaded and served in the same ways.
 
 They live on this floor, too, so that they are known here by their configs and by the names of
 their parameters; no model is imported.
@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..layers.float32 import Float32
 from ..layers.positions import CurvedPositionEmbedding, FractalPositionEmbedding
+from .own_geolip import GEOLIPS, geolip_in_words, geolip_sizes_in_words, without_gravity
 from .own_words import NGT, is_twin, ngt_in_words, ngt_sizes_in_words
 
 _LIBRARY = f"{__package__.partition('.')[0]}."
@@ -73,8 +74,12 @@ def refuse_own(model: nn.Module, what: str, instead: str) -> None:
     base = model if unwrap is None else unwrap()
     if not is_own_model(base):
         return
+    config: Any = base.config
     kind = "is gravity by construction"
-    if is_twin(base.config):
+    if config.model_type in GEOLIPS:
+        kind = "is none: its tokens are frames on a sphere"
+        instead = "Convert the host that it stands beside, if there is one"
+    elif is_twin(config):
         kind, instead = "is the twin of an NGT", "Take config.attention='gravity' for gravity"
     raise TypeError(
         f"{what}: expected a model with dot-product attention, or one converted from it, got "
@@ -136,8 +141,13 @@ def own_attention_names(model: nn.Module) -> tuple[str, ...]:
 
 def other_attention_names(model: nn.Module) -> tuple[str, ...]:
     """The attention modules of such a model that take dot products: the tri-model's fusion, all of
-    a twin."""
+    a twin, the spectral layers of a geolip."""
     config = getattr(model, "config", None)
+    if config is not None and config.model_type in GEOLIPS:
+        own = set(own_attention_names(model))
+        modules = model.named_modules()
+        found = (name for name, module in modules if _has_own(module, "alpha_logits"))
+        return tuple(name for name in found if name not in own)
     names = ("attn",) if config is not None and is_twin(config) else ()
     return tuple(
         name
@@ -146,9 +156,18 @@ def other_attention_names(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+def has_no_gravity(config: PreTrainedConfig) -> bool:
+    """Whether a config of our own is that of a model in which nothing attends by distances."""
+    if config.model_type in GEOLIPS:
+        return without_gravity(config)
+    return is_twin(config)
+
+
 def gravity_in_words(config: PreTrainedConfig) -> tuple[str, ...]:
     """The law, the distance and the cap of such a model, a line each; of several streams, what
     they share and what each has of its own; of a twin, that it has none."""
+    if config.model_type in GEOLIPS:
+        return geolip_in_words(config)
     if config.model_type == NGT:
         return ngt_in_words(config)
     streams = getattr(config, "streams", None)
@@ -172,6 +191,8 @@ def gravity_in_words(config: PreTrainedConfig) -> tuple[str, ...]:
 
 def sizes_in_words(config: PreTrainedConfig) -> str:
     """Layers, heads, width, and what can be read."""
+    if config.model_type in GEOLIPS:
+        return geolip_sizes_in_words(config)
     if config.model_type == NGT:
         return ngt_sizes_in_words(config)
     sizes = f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, width "

@@ -12,7 +12,14 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # Model type -> the package that defines it and registers its classes.
-_PACKAGES = {"lgt": ".lgt", "lgt_tri": ".trimodel", "ngt": ".ngt"}
+_PACKAGES = {
+    "lgt": ".lgt",
+    "lgt_tri": ".trimodel",
+    "ngt": ".ngt",
+    "geolip": ".geolip",
+    "geolip_companion": ".geolip",
+    "geolip_prior": ".geolip",
+}
 
 
 def register() -> None:

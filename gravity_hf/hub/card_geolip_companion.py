@@ -1,0 +1,210 @@
+"""The card of a companion: a geolip beside a host, which is named and lies elsewhere."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from ..models.geolip import GeolipCompanionConfig
+from .card_attribution import citation
+from .card_geolip import (
+    alphas_of_geolip,
+    count_parameters,
+    inner_settings,
+    lens_error_of,
+    tensor_of,
+)
+from .card_geolip_law import constants, law_text, limits
+from .card_geolip_text import SOFTWARE, UNKNOWN, class_of, layer_table, tags
+from .card_geolip_text import shape as shape_of_geolip
+from .card_geolip_training import recipe
+from .card_geolip_verdict import measured
+from .card_own import CONFIG, complete_own, results_of_own
+from .card_public import is_hub_name, is_local, last_name, public
+from .card_text import command, conditions
+from .tensor_files import read_json, shapes_of_export
+
+MODEL_TYPE = GeolipCompanionConfig.model_type
+_INNER = "geolip."
+_GATE = "writer.gate"
+
+
+def complete_companion(results: dict[str, Any]) -> dict[str, Any]:
+    """`results` with every key that a card reads: `settings` are those of the geolip inside,
+    `companion` its own."""
+    found = complete_own(results, GeolipCompanionConfig, "a companion")
+    found.setdefault("lens_error", None)
+    settings = inner_settings(found["config"])
+    own = found["settings"]
+    return {**found, "companion": own, "settings": settings, "verdict": settings.verdict}
+
+
+def results_of_companion(folder: Path) -> dict[str, Any]:
+    """As `results_of_geolip`; the host's weights count where they lie in the folder, too."""
+    config = read_json(folder / CONFIG)
+    settings = inner_settings(config)
+    shapes = shapes_of_export(folder, "model")
+    others = sum(math.prod(s) for name, s in shapes.items() if not name.startswith(_INNER))
+    found = {
+        **results_of_own(folder, MODEL_TYPE, alphas_of_geolip(folder, settings)),
+        "parameters": count_parameters(settings) + others,
+        "lens_error": lens_error_of(folder, settings),
+        "gate": _gate_of(folder),
+        # Of a path nothing but the last name is said.
+        "host_on_hub": _is_on_hub(config.get("host_name_or_path")),
+    }
+    return public(found)
+
+
+def parts(facts: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the template of cards is filled in with."""
+    settings, own = facts["settings"], facts["companion"]
+    return {
+        "introduction": introduction(facts),
+        "version": facts["gravity_hf"],
+        "law_title": "What it computes",
+        "law_text": f"{_read(own)}\n{law_text(settings)}{_written(own)}",
+        "constants": constants(settings),
+        "layers": layer_table(facts["layers"], facts["lens_error"]),
+        "changes_title": "What it is",
+        "changes": shape(facts),
+        "recipe": recipe(facts),
+        "measured": measured(facts),
+        "samples": [],
+        "conditions": conditions(facts),
+        "command": command(facts),
+        "loading": loading(facts, name),
+        "limits_title": "What is not claimed, and what it cannot do",
+        "limits": [*_limits(facts), *limits(facts)],
+        "software_title": "Other software",
+        "software": [UNKNOWN.format(MODEL_TYPE), SOFTWARE],
+        "licence": ["Licence: not stated.", _whose(facts)],
+        "citation": citation(facts),
+    }
+
+
+def metadata(facts: dict[str, Any], name: str) -> ModelCardData:
+    """Tags, and the host where others can find it."""
+    host = facts["companion"].host_name_or_path if facts.get("host_on_hub") else None
+    return ModelCardData(
+        base_model=host,
+        library_name="gravity_hf",
+        pipeline_tag="feature-extraction",
+        tags=tags(facts["settings"], MODEL_TYPE),
+    )
+
+
+def introduction(facts: dict[str, Any]) -> str:
+    """What it is, and beside which host."""
+    own, settings = facts["companion"], facts["settings"]
+    back = {
+        "none": "It changes nothing in the host.",
+        "residual": "It writes back into the host through a gate that is closed in a new one.",
+        "omega_tokens": "It also gives the spectra as tokens, for a cross-attention that follows.",
+    }[own.write]
+    return (
+        f"{class_of(facts, 'GeolipCompanion')}: a geolip beside the host {host_shown(facts)}. It "
+        f"reads the host's hidden states of {_layer(own.read_layer)}, makes a frame of "
+        f"{settings.num_rows} points on a sphere of each token, lets their spectra attend to each "
+        f"other, and makes the hidden states again. {back}"
+    )
+
+
+def shape(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table of what it is."""
+    own = facts["companion"]
+    kept = "in this folder, trained with it" if own.train_host else "elsewhere; not in this folder"
+    rows, gate = dict(shape_of_geolip(facts)), facts.get("gate")
+    rows["class, weights"] = ", ".join(
+        filter(None, (class_of(facts, "GeolipCompanion"), facts["host"]["dtype"]))
+    )
+    return [
+        ("host", host_shown(facts)),
+        ("type of the host", own.host_model_type or "not recorded"),
+        ("weights of the host", kept),
+        ("reads layer", str(own.read_layer)),
+        ("writes back", own.write if gate is None else f"{own.write}; tanh(gate) is {gate:.3g}"),
+        *rows.items(),
+    ]
+
+
+def loading(facts: dict[str, Any], name: str) -> str:
+    """Code that runs with the library; the host is loaded by its name, where it has one."""
+    own, lens = facts["companion"], facts["settings"].lens_dim
+    host = own.host_name_or_path if facts.get("host_on_hub") else "HOST"
+    given = "" if facts.get("host_on_hub") else ", host=host"
+    lines = ["from transformers import AutoModel, AutoTokenizer", ""]
+    if not given:
+        lines[0] = "from transformers import AutoTokenizer"
+    lines += ["from gravity_hf import GeolipCompanion", ""]
+    if given:
+        lines.append(f'host = AutoModel.from_pretrained("{host}")')
+    lines += [
+        f'companion = GeolipCompanion.from_pretrained("{name}"{given}).eval()',
+        f'tokenizer = AutoTokenizer.from_pretrained("{host}")',
+        'output = companion(**tokenizer("A stone falls.", return_tensors="pt"))',
+        f"output.omega_attended  # [1, tokens, {lens}], spectra after attention",
+    ]
+    body = "\n".join(lines)
+    where = ""
+    if given:
+        where = (
+            " Its host was a folder of the machine that it was made on: write that of yours in the "
+            "place of HOST."
+        )
+    return f"```python\n{body}\n```\n\nIt needs the library and the host.{where}"
+
+
+def host_shown(facts: dict[str, Any]) -> str:
+    """The host's name as others may read it."""
+    named = facts["companion"].host_name_or_path
+    return "of a name that is not recorded" if not named else f"`{last_or_whole(named)}`"
+
+
+def last_or_whole(named: str) -> str:
+    """A name of the Hub as it is, of a path the last part."""
+    return named if is_hub_name(named) else last_name(named)
+
+
+def _limits(facts: dict[str, Any]) -> list[str]:
+    own = facts["companion"]
+    said = ["What it does for a task of the host was not measured."]
+    if own.causal:
+        said.append("No token sees a later one, as in its host; a cache of keys is not kept.")
+    return said
+
+
+def _read(own: GeolipCompanionConfig) -> str:
+    return f"x      = h, hidden state of {_layer(own.read_layer)} of the host, normalised"
+
+
+def _written(own: GeolipCompanionConfig) -> str:
+    return {
+        "none": "",
+        "residual": "\nh'     = h + tanh(gate) W(S)                       the gate starts at 0",
+        "omega_tokens": "\nt      = W(S)                                      a token beside h",
+    }[own.write]
+
+
+def _layer(number: int) -> str:
+    return "the last layer" if number == -1 else f"layer {number}"
+
+
+def _whose(facts: dict[str, Any]) -> str:
+    own = facts["companion"]
+    if own.train_host:
+        return f"Among its weights are those of the host {host_shown(facts)}, trained further."
+    return f"It holds no weights of the host {host_shown(facts)}, whose licence is its own."
+
+
+def _is_on_hub(named: str | None) -> bool:
+    return bool(named) and is_hub_name(str(named)) and not is_local(str(named))
+
+
+def _gate_of(folder: Path) -> float | None:
+    """What the written states are multiplied by, `tanh(gate)`; None without a gate."""
+    gate = tensor_of(folder, _GATE)
+    return None if gate is None else float(gate.tanh())

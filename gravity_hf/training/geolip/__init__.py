@@ -1,0 +1,1 @@
+"""Training a geolip: on features of text, on images, and on data in memory."""

@@ -1,0 +1,71 @@
+"""A geolip, its companion and its prior go to the Hub in one commit, and come back as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from hub.geolip_results import VERDICT, geolip, samples, trained_folder
+from hub.loopback import LoopbackHub
+from huggingface_hub import ModelCard
+from transformers import BertConfig, BertModel
+
+from gravity_hf import (
+    GeolipCompanion,
+    GeolipPrior,
+    gravity_status,
+    load_gravity_model,
+    push_gravity_model,
+)
+
+
+def card_on(hub: LoopbackHub, name: str) -> ModelCard:
+    return ModelCard(hub.repo(name).tree("main")["README.md"].content.decode())
+
+
+def test_push_to_hub_is_one_commit_with_a_card_of_the_verdict(hub: LoopbackHub) -> None:
+    model = geolip(verdict=VERDICT)
+    model.push_to_hub("me/geolip", tags="mine", commit_message="m")
+    repo = hub.repo("me/geolip")
+    assert repo.messages == ["initial commit", "m"]
+    assert {"config.json", "model.safetensors", "README.md"} <= repo.paths()
+    assert "modeling_gravity.py" not in repo.paths()
+    card = card_on(hub, "me/geolip")
+    assert {"mine", "geolip"} <= set(card.data.tags) and "0.9518" in card.text
+    again = load_gravity_model("me/geolip").eval()
+    batch = samples(model)
+    assert type(again) is type(model) and again.config.verdict == VERDICT
+    assert torch.equal(again(**batch).reconstruction, model(**batch).reconstruction)
+
+
+def test_a_trained_folder_goes_up_with_its_figures(tmp_path: Path) -> None:
+    folder = trained_folder(tmp_path / "model")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "alphas.png").write_bytes(b"\x89PNG")
+    plan = push_gravity_model(folder, "me/geolip", dry_run=True)
+    paths = {file.path for file in plan.files}
+    assert {"README.md", "model.safetensors", "figures/alphas.png"} <= paths
+
+
+def test_a_companion_and_a_prior_go_up_without_the_host(tmp_path: Path, hub: LoopbackHub) -> None:
+    sizes = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 16}
+    host = BertModel(BertConfig(vocab_size=32, num_hidden_layers=1, **sizes)).eval()
+    companion = GeolipCompanion.from_host(host, geolip().config).eval()
+    companion.push_to_hub("me/companion")
+    ids = torch.arange(6)[None]
+    again = GeolipCompanion.from_pretrained("me/companion", host=host).eval()
+    assert torch.equal(again(input_ids=ids).omega, companion(input_ids=ids).omega)
+    assert "geolip_companion" in card_on(hub, "me/companion").data.tags
+    prior = GeolipPrior.for_geolip(geolip(), 5, hidden_size=16, num_hidden_layers=1)
+    push_gravity_model(prior, "me/prior")
+    loaded = load_gravity_model("me/prior")
+    assert torch.equal(loaded.sample(1, seed=0, steps=2), prior.sample(1, seed=0, steps=2))
+
+
+def test_the_status_in_python_says_whether_spectra_attend_by_gravity() -> None:
+    plain, gravity = gravity_status(geolip()), gravity_status(geolip(spectral_attention="gravity"))
+    assert not plain.is_gravity and plain.skipped == ("spectral.layers.0", "spectral.layers.1")
+    assert gravity.is_gravity and gravity.layers == plain.skipped and not gravity.skipped
+    # A strength and a softening for each of 4 heads in 2 layers.
+    assert gravity.parameters == 16
+    assert "dot products of spectra" in str(plain) and "gravity between spectra" in str(gravity)
