@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     features = kinds.add_parser("features", description=FEATURES_HELP, allow_abbrev=False, **style)
     add = features.add_argument
     add("--host", help="name or folder for AutoModel [all-MiniLM-L6-v2]")
-    add("--text", nargs="+", dest="text_files", metavar="FILE", help="text files")
+    add("--text", nargs="+", action="extend", dest="text_files", metavar="FILE", help="text files")
     add("--dataset", help="wikitext, or a data set's name or folder")
     add("--text-column", help="of a data set [text]")
     add("--texts", type=int, help="paragraphs at most [2000]")
@@ -92,12 +92,14 @@ def _common(kind: argparse.ArgumentParser, out: str, steps: str, rate: str, pres
         *("--set",),
         dest="overrides",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="settings of GeolipConfig, such as lens_mode=learned rigidity_weight=10",
     )
-    add("--steps", type=int, help=f"optimiser steps [{steps}]")
-    add("--epochs", type=int, help="passes over the data, instead of steps")
+    length = kind.add_mutually_exclusive_group().add_argument
+    length("--steps", type=int, help=f"optimiser steps [{steps}]")
+    length("--epochs", type=int, help="passes over the data, instead of steps")
     add("--batch-size", type=int, help="texts or images of a step [16]")
     add("--learning-rate", type=float, help=f"[{rate}]")
     add("--denoise", type=float, metavar="SIGMA", help="noise that it learns to take away [0]")
@@ -205,6 +207,7 @@ def main(arguments: list[str]) -> None:
     console, errors = make_console(), make_console(stderr=True)
     # Of several processes one writes.
     is_main = int(os.environ.get("RANK", "0")) == 0
+    said = "stopped; the same command with --resume goes on from the last checkpoint, if any"
     try:
         settings = settings_of(options)
         quiet_libraries()
@@ -213,13 +216,13 @@ def main(arguments: list[str]) -> None:
         if is_main:
             console.print(f"Training a geolip of {options.kind}, into {options.out}", markup=False)
         result = (train_images if options.kind == "images" else train_features)(settings)
+        said = f"stopped; the model in {options.out} is whole, figures or card may be missing"
         if is_main:
             finish(result, options, console)
-    except EXPECTED_ERRORS as error:
+    except (*EXPECTED_ERRORS, FloatingPointError) as error:
         errors.print(f"error: {' '.join(str(error).split())}", markup=False)
         raise SystemExit(EXIT_EXPECTED) from error
     except KeyboardInterrupt:
-        said = "stopped; the same command with --resume goes on from the last checkpoint"
         errors.print(said, markup=False)
         raise SystemExit(EXIT_STOPPED) from None
 

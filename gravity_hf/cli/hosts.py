@@ -47,7 +47,7 @@ def load_host(
     if is_own_config(config):
         raise ValueError(
             f"{argument}: expected a model with dot-product attention, {name!r} is a "
-            f"{config.model_type}, gravity from the start: there is nothing to convert. Look at "
+            f"{config.model_type}, a model of this library: there is nothing to convert. Look at "
             f"it with: gravity-hf status {name}"
         )
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)

@@ -11,12 +11,14 @@ from huggingface_hub import ModelCardData
 from ..models.geolip import GeolipCompanionConfig
 from .card_attribution import citation
 from .card_geolip import (
+    PROCESSOR_FILE,
     alphas_of_geolip,
     count_parameters,
     inner_settings,
     lens_error_of,
     tensor_of,
 )
+from .card_geolip_code import loading_of_companion
 from .card_geolip_law import constants, law_text, limits
 from .card_geolip_text import SOFTWARE, UNKNOWN, class_of, layer_table, tags
 from .card_geolip_text import shape as shape_of_geolip
@@ -30,6 +32,7 @@ from .tensor_files import read_json, shapes_of_export
 MODEL_TYPE = GeolipCompanionConfig.model_type
 _INNER = "geolip."
 _GATE = "writer.gate"
+_READERS = ("tokenizer_config.json", PROCESSOR_FILE)
 
 
 def complete_companion(results: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +46,8 @@ def complete_companion(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def results_of_companion(folder: Path) -> dict[str, Any]:
-    """As `results_of_geolip`; the host's weights count where they lie in the folder, too."""
+    """As `results_of_geolip`; the host's weights count where they lie in the folder, too;
+    `has_reader`: whether a tokenizer or an image processor lies there."""
     config = read_json(folder / CONFIG)
     settings = inner_settings(config)
     shapes = shapes_of_export(folder, "model")
@@ -53,6 +57,7 @@ def results_of_companion(folder: Path) -> dict[str, Any]:
         "parameters": count_parameters(settings) + others,
         "lens_error": lens_error_of(folder, settings),
         "gate": _gate_of(folder),
+        "has_reader": any((folder / file).is_file() for file in _READERS),
         # Of a path nothing but the last name is said.
         "host_on_hub": _is_on_hub(config.get("host_name_or_path")),
     }
@@ -76,7 +81,7 @@ def parts(facts: dict[str, Any], name: str) -> dict[str, Any]:
         "samples": [],
         "conditions": conditions(facts),
         "command": command(facts),
-        "loading": loading(facts, name),
+        "loading": loading_of_companion(facts, name),
         "limits_title": "What is not claimed, and what it cannot do",
         "limits": [*_limits(facts), *limits(facts)],
         "software_title": "Other software",
@@ -105,11 +110,11 @@ def introduction(facts: dict[str, Any]) -> str:
         "residual": "It writes back into the host through a gate that is closed in a new one.",
         "omega_tokens": "It also gives the spectra as tokens, for a cross-attention that follows.",
     }[own.write]
+    attend = ", lets their spectra attend to each other" if settings.use_spectral else ""
     return (
-        f"{class_of(facts, 'GeolipCompanion')}: a geolip beside the host {host_shown(facts)}. It "
-        f"reads the host's hidden states of {_layer(own.read_layer)}, makes a frame of "
-        f"{settings.num_rows} points on a sphere of each token, lets their spectra attend to each "
-        f"other, and makes the hidden states again. {back}"
+        f"{class_of(facts, 'GeolipCompanion')}: a geolip beside {_the_host(facts)}. It reads the "
+        f"host's hidden states of {_layer(own.read_layer)}, makes of each token a frame of "
+        f"{settings.num_rows} points on a sphere{attend}, and makes the hidden states again. {back}"
     )
 
 
@@ -122,7 +127,7 @@ def shape(facts: dict[str, Any]) -> list[tuple[str, str]]:
         filter(None, (class_of(facts, "GeolipCompanion"), facts["host"]["dtype"]))
     )
     return [
-        ("host", host_shown(facts)),
+        ("host", host_shown(facts) or "not recorded"),
         ("type of the host", own.host_model_type or "not recorded"),
         ("weights of the host", kept),
         ("reads layer", str(own.read_layer)),
@@ -131,37 +136,15 @@ def shape(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def loading(facts: dict[str, Any], name: str) -> str:
-    """Code that runs with the library; the host is loaded by its name, where it has one."""
-    own, lens = facts["companion"], facts["settings"].lens_dim
-    host = own.host_name_or_path if facts.get("host_on_hub") else "HOST"
-    given = "" if facts.get("host_on_hub") else ", host=host"
-    lines = ["from transformers import AutoModel, AutoTokenizer", ""]
-    if not given:
-        lines[0] = "from transformers import AutoTokenizer"
-    lines += ["from gravity_hf import GeolipCompanion", ""]
-    if given:
-        lines.append(f'host = AutoModel.from_pretrained("{host}")')
-    lines += [
-        f'companion = GeolipCompanion.from_pretrained("{name}"{given}).eval()',
-        f'tokenizer = AutoTokenizer.from_pretrained("{host}")',
-        'output = companion(**tokenizer("A stone falls.", return_tensors="pt"))',
-        f"output.omega_attended  # [1, tokens, {lens}], spectra after attention",
-    ]
-    body = "\n".join(lines)
-    where = ""
-    if given:
-        where = (
-            " Its host was a folder of the machine that it was made on: write that of yours in the "
-            "place of HOST."
-        )
-    return f"```python\n{body}\n```\n\nIt needs the library and the host.{where}"
-
-
-def host_shown(facts: dict[str, Any]) -> str:
-    """The host's name as others may read it."""
+def host_shown(facts: dict[str, Any]) -> str | None:
+    """The host's name as others may read it; None where it has none."""
     named = facts["companion"].host_name_or_path
-    return "of a name that is not recorded" if not named else f"`{last_or_whole(named)}`"
+    return f"`{last_or_whole(named)}`" if named else None
+
+
+def _the_host(facts: dict[str, Any]) -> str:
+    shown = host_shown(facts)
+    return "a host whose name is not recorded" if shown is None else f"the host {shown}"
 
 
 def last_or_whole(named: str) -> str:
@@ -178,7 +161,8 @@ def _limits(facts: dict[str, Any]) -> list[str]:
 
 
 def _read(own: GeolipCompanionConfig) -> str:
-    return f"x      = h, hidden state of {_layer(own.read_layer)} of the host, normalised"
+    normalised = "" if own.geolip.feature_norm == "none" else ", normalised"
+    return f"x      = h, hidden state of {_layer(own.read_layer)} of the host{normalised}"
 
 
 def _written(own: GeolipCompanionConfig) -> str:
@@ -196,8 +180,8 @@ def _layer(number: int) -> str:
 def _whose(facts: dict[str, Any]) -> str:
     own = facts["companion"]
     if own.train_host:
-        return f"Among its weights are those of the host {host_shown(facts)}, trained further."
-    return f"It holds no weights of the host {host_shown(facts)}, whose licence is its own."
+        return f"Among its weights are those of {_the_host(facts)}, trained further."
+    return f"It holds no weights of {_the_host(facts)}; the host's licence is its own."
 
 
 def _is_on_hub(named: str | None) -> bool:

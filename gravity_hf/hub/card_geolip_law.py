@@ -27,18 +27,23 @@ def law_text(settings: GeolipConfig) -> str:
 
 def constants(settings: GeolipConfig) -> str:
     """What the letters are."""
-    said = ["x: a token, normalised: a patch of an image or a feature vector of a host."]
-    if settings.lens_sign == "canon":
-        said.append("Lifted rows are turned so that their first coordinate is positive.")
+    what = "a feature vector of a host" if settings.patch_size is None else "a patch of an image"
+    said = [f"x: a token, {what}{'' if settings.feature_norm == 'none' else ', normalised'}."]
+    turned = {"Rows": settings.frame_sign, "Lifted rows": settings.lens_sign}
+    said += [
+        f"{rows} are turned so that their first coordinate that is not 0 is positive."
+        for rows, sign in turned.items()
+        if sign == "canon"
+    ]
     if settings.use_spectral:
         kind = "attention by dot products"
         if settings.spectral_attention == "gravity":
             kind = f"gravity, law {settings.gravity_law}, by distances between spectra"
-        sight = "forwards only" if settings.is_causal else "in both directions, without positions"
+        sight = "to itself and those before it" if settings.is_causal else "in both directions"
         said.append(
             f"A: {kind} between the tokens of a sample, {settings.num_attention_heads} heads, "
-            f"{sight}, with a map after it. alpha: learned, one per mode and layer, "
-            f"{settings.alpha_start:.4g} at the start."
+            f"{sight}, without positions, with a map after it. alpha: learned, one per mode and "
+            f"layer, {settings.alpha_start:.4g} at the start."
         )
     return " ".join(said)
 
@@ -54,8 +59,7 @@ def limits(facts: dict[str, Any]) -> list[str]:
         "That this is a good autoencoder is not claimed. A linear code of the same size (PCA) can "
         "be nearer to its input; here it was not compared with one.",
         *_lens_limits(settings),
-        "Numbers that others published for models of this kind are not repeated here, and were not "
-        "measured again.",
+        *_published(facts),
         *_inputs(facts),
     ]
 
@@ -70,7 +74,7 @@ def _rigidity(facts: dict[str, Any]) -> list[str]:
     if share is not None:
         said.append(
             f"Frames inside the envelope are no achievement: of random frames of this size "
-            f"{share:.1%} lie inside, too. It says that frames did not collapse."
+            f"{share:.1%} lie inside, too. To lie there says that frames did not collapse."
         )
     return said
 
@@ -114,12 +118,22 @@ def _lens_limits(settings: GeolipConfig) -> list[str]:
     return said
 
 
+def _published(facts: dict[str, Any]) -> list[str]:
+    # Of weights that come from elsewhere they may be what the config has.
+    if facts["training"] is None:
+        return []
+    return [
+        "Numbers that others published for models of this kind are not repeated here, and were not "
+        "measured again."
+    ]
+
+
 def _inputs(facts: dict[str, Any]) -> list[str]:
-    data = data_of(facts)
+    data, done = data_of(facts), "measured" if facts["verdict"] else "trained"
     what = "images" if facts["settings"].patch_size is not None else "features"
     if data is None:
         return [f"Which {what} it was trained on is not recorded."]
-    return [f"It was measured on {what} of this kind alone: {data}."]
+    return [f"It was {done} on {what} of this kind alone: {data}."]
 
 
 def _lens(settings: GeolipConfig) -> str:

@@ -18,6 +18,10 @@ from .card_public import public
 from .card_text import command, conditions
 
 MODEL_TYPE = GeolipPriorConfig.model_type
+CONSTANTS = (
+    "z: a normalised frame per token; u: what the transformer makes of them and of the time; m, s: "
+    "mean and deviation of each coordinate of the frames that it learned."
+)
 
 
 def complete_prior(results: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +42,7 @@ def parts(facts: dict[str, Any], name: str) -> dict[str, Any]:
         "version": facts["gravity_hf"],
         "law_title": "What it computes",
         "law_text": law_text(settings),
-        "constants": "z: a frame per token; u: what the transformer makes of them and of the time.",
+        "constants": CONSTANTS,
         "layers": f"Whose codes: {geolip_shown(settings)}.",
         "changes_title": "What it is",
         "changes": shape(facts),
@@ -79,7 +83,7 @@ def law_text(settings: GeolipPriorConfig) -> str:
     return (
         f"z_0 ~ normal noise                                 {size}\n"
         "z_t = (1 - t) z_0 + t z_1,  dz/dt = u(z, t)        straight ways from noise to frames\n"
-        "frame = rows of z_1, each divided by its length"
+        "frame = rows of s z_1 + m, each divided by its length"
     )
 
 

@@ -80,11 +80,12 @@ def introduction(facts: dict[str, Any]) -> str:
     between = "Tokens do not see each other"
     if settings.use_spectral:
         between = f"The spectra of the tokens {whole} attend to each other"
+    kept = " of their lines" if settings.lens_sign == "canon" else ""
     return (
         f"{class_of(facts, 'GeolipModel')}: a spectral autoencoder of {tokens}. Each token becomes "
         f"a frame of {settings.num_rows} points on a sphere in {settings.base_dim} dimensions, "
-        f"which a lens lifts into {settings.lens_dim} without changing an angle. {between}, and "
-        "from the lifted frame the token is made again."
+        f"which a lens lifts into {settings.lens_dim} without changing an angle{kept}. {between}, "
+        "and from the lifted frame the token is made again."
     )
 
 

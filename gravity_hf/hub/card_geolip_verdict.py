@@ -15,7 +15,7 @@ _EXPECTED = {"frame_deviation": "0, expected"}
 # Title, key in the verdict, its format, and the key of random frames.
 _ROWS: tuple[tuple[str, str, str, str | None], ...] = (
     ("cosine of reconstruction, mean over tokens", "recon_cosine", ".4f", None),
-    ("squared error, normalised", "recon_mse", ".4g", None),
+    ("squared error, mean", "recon_mse", ".4g", None),
     ("deviation of the frames, mean, radians", "frame_deviation", "+.4f", None),
     (
         *("deviation, farthest from 0", "frame_deviation_absmax", ".4f"),
@@ -101,8 +101,14 @@ def _legend(facts: dict[str, Any], verdict: dict[str, Any]) -> str:
     settings, tokens = facts["settings"], verdict.get("tokens")
     count = "An unrecorded number of tokens" if tokens is None else f"{tokens:,} tokens"
     data = data_of(facts)
+    space = (
+        []
+        if settings.feature_norm == "none"
+        else ["Cosine and squared error are of normalised tokens"]
+    )
     parts = [
         f"{count}{'' if data is None else f', held out of: {data}'}",
+        *space,
         "Deviation: mean angle between the rows of a frame, as directions, less that of uniform "
         f"directions in {settings.base_dim} dimensions",
         f"The envelope reaches {_number(verdict, 'dev_critical', '.3g')} to either side of 0",
@@ -110,6 +116,8 @@ def _legend(facts: dict[str, Any], verdict: dict[str, Any]) -> str:
     if settings.use_spectral:
         parts.append(_GAIN)
     text = f"{'. '.join(parts)}. A dash: does not apply. One run."
+    if facts["training"] is None:
+        text += " The numbers are those of the config; who measured them, and on what, is not said."
     mechanism = mechanism_text(facts)
     return text if mechanism is None else f"{text}\n\n{mechanism}"
 

@@ -52,8 +52,8 @@ def model_card(results: dict[str, Any], name: str) -> ModelCard:
     """The card of a conversion, or of a model of our own, without pictures.
 
     Args:
-        results: as `gravity-hf convert` writes them to results.json; of an LGT or an NGT with its
-            config.
+        results: as `gravity-hf convert` writes them to results.json; of a model of our own
+            with its config.
         name: of the model; the title.
     """
     return _card(_complete(results), name, [])
@@ -66,7 +66,7 @@ def card_of_folder(
     its settings and tensors, which say nothing of its quality: "not measured".
 
     Args:
-        folder: as `save_pretrained` or `gravity-hf convert` wrote it, or a saved LGT or NGT;
+        folder: as `save_pretrained` or `gravity-hf convert` wrote it, or a saved model of our own;
             pictures in its `figures`.
         name: of the model, such as `me/my-model`; the title.
         host: folder or Hub name of the host, where the folder does not record it.
@@ -87,8 +87,8 @@ def _facts_of_folder(
         return own.complete(own.results_of(folder))
     if is_own_folder(folder):
         raise ValueError(
-            f"card: expected an LGT, an NGT or a converted model, got {str(folder)!r} of another "
-            "kind, such as a tri-model, which has no card yet. Write its README.md yourself"
+            f"card: expected an LGT, an NGT, a geolip or a converted model, got {str(folder)!r} of "
+            "another kind, such as a tri-model, which has no card yet. Write its README.md yourself"
         )
     return facts_of_folder(folder, host, online=online)
 

@@ -13,12 +13,14 @@ from ..training.folders import BEST, LAST, VALIDATION_FILE
 # Where `gravity-hf convert` keeps its steps.
 WORK_FOLDER = "work"
 _CACHES = ("__pycache__",)
-# What a Trainer leaves beside the weights: pickles, and the paths of the machine.
+# What a Trainer leaves beside the weights: pickles, and the paths of the machine; and inputs that
+# a geolip's training leaves for its figures, which may be private.
 TRAINER_FILES = re.compile(
-    r"training_args\.bin|(trainer_state|pretrain_settings)\.json|(optimizer|scheduler|scaler)\.(pt|bin)"
-    r"|rng_state(_\d+)?\.pth"
+    r"samples\.safetensors|training_args\.bin|(trainer_state|pretrain_settings)\.json"
+    r"|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
 )
-_TRAINER_FOLDERS = re.compile(r"checkpoint-\d+")
+# Files of curves carry the name of the machine.
+_TRAINER_FOLDERS = re.compile(r"checkpoint-\d+|runs")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Contents:
 
 def contents_of(folder: Path) -> Contents:
     """What of `folder` goes to the Hub: everything but hidden files, caches, `work/`, a Trainer's
-    own files and checkpoints, and the models `best/` and `last/` that a training keeps beside it.
+    own files, curves and checkpoints, inputs kept for figures, and the models `best/` and `last/`
+    that a training keeps beside it.
 
     Raises:
         ValueError: there is no such folder, or it holds a link that leads out of it.

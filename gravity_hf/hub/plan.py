@@ -11,7 +11,9 @@ from .stale import STALE
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _WHATS = {
-    "config.json": "config with the gravity block",
+    "config.json": "config",
+    "alphas.safetensors": "alpha over the training",
+    "deviations.json": "deviations of the frames over the training",
     "adapter_config.json": "adapter config with the gravity block",
     "generation_config.json": "generation settings",
     "modeling_gravity.py": "code for loading without gravity_hf",
@@ -92,7 +94,7 @@ def what_is(path: str) -> str:
     if path in _WHATS:
         return _WHATS[path]
     if path.endswith(".safetensors"):
-        return "adapter and masses" if name.startswith("adapter_") else "weights and masses"
+        return "adapter and masses" if name.startswith("adapter_") else "weights"
     if path.endswith(".safetensors.index.json"):
         return "which weights are in which file"
     if path.startswith("figures/"):

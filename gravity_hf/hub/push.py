@@ -45,7 +45,7 @@ def push_gravity_model(
     A push that fails leaves the repository as it was (a new one stays, empty), and can be
     repeated: large files that the Hub has already are not sent again. Weights, tokenizer files and
     settings of an earlier model, which a loader could pick up, are deleted in the same commit.
-    A README.md in a folder goes up if its tags have gravity-attention; else a card is made.
+    A README.md in a folder goes up if its tags are those of our cards; else a card is made.
 
     Args:
         model: a patched model, a `gravity_lora` model (its adapter and masses), or the folder of

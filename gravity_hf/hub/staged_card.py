@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
+from ..integration.own_geolip import GEOLIPS
 from .cards import card_of_folder
 from .file_names import CARD_FILE
 
-# In the metadata of every card of a gravity model, and of the twin of one.
+# In the metadata of every card of a gravity model, of the twin of one, and of a geolip.
 _OUR_TAG = "gravity-attention"
-_OUR_TAGS = {_OUR_TAG, "ngt"}
+_OUR_TAGS = {_OUR_TAG, "ngt", *GEOLIPS}
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def staged_card(
     card = None if file is None else _gravity_card(file)
     if file is not None and card is None:
         notices = [
-            f"{CARD_FILE} is not a card of a gravity model (its tags lack {_OUR_TAG}): a card of "
-            "this model takes its place"
+            f"{CARD_FILE} is not a card of a gravity model (its tags have none of "
+            f"{', '.join(sorted(_OUR_TAGS))}): a card of this model takes its place"
         ]
     if card is None or _is_untouched(card, export, own, source):
         card = _generated(files, name, source)

@@ -18,7 +18,7 @@ from ..training.files import write_json, write_text
 from .card_host import read_host_card
 from .card_pretrained import RECORD_FILE
 from .card_public import is_hub_name, public
-from .checks import ADAPTER_CONFIG_FILE, is_adapter
+from .checks import ADAPTER_CONFIG_FILE, CONFIG_FILE, is_adapter
 from .contents import contents_of
 from .extras import Extras, check_extras, given_results, missing_block
 from .file_names import CARD_FILE, FIGURES_FOLDER, RESULTS_FILE
@@ -139,7 +139,7 @@ def _files_under(folder: Path) -> dict[str, Path]:
 def _local_base(export: Path) -> list[str]:
     """An adapter whose base is a folder of this machine, or has no name, loads nowhere else."""
     if not is_adapter(export):
-        return []
+        return _local_company(export)
     base = read_json(export / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     if base and not Path(base).expanduser().exists():
         return []
@@ -147,6 +147,25 @@ def _local_base(export: Path) -> list[str]:
     return [
         f"the adapter's base {what}, so that others cannot load it. Push the base, and name it in "
         f"{ADAPTER_CONFIG_FILE}: base_model_name_or_path"
+    ]
+
+
+def _local_company(export: Path) -> list[str]:
+    """Hosts of a geolip or a companion, and the geolip of a prior, that are folders of this
+    machine."""
+    config = read_json(export / CONFIG_FILE)
+    inner = config.get("geolip") if isinstance(config.get("geolip"), dict) else {}
+    named = {key: config.get(key) for key in ("host_name_or_path", "geolip_name_or_path")}
+    for where, settings in (("host_config", config), ("geolip.host_config", inner)):
+        host = settings.get("host_config")
+        named[f"{where}.name_or_path"] = (
+            host.get("name_or_path") if isinstance(host, dict) else None
+        )
+    return [
+        f"{CONFIG_FILE} has {key} {name!r}, a folder of this machine, which others can read there "
+        "and do not have. Write a name on the Hub in its place"
+        for key, name in named.items()
+        if isinstance(name, str) and name and Path(name).expanduser().exists()
     ]
 
 

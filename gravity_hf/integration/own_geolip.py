@@ -24,10 +24,10 @@ _WRITES = {
 MECHANISMS = {
     "A": "attention between tokens is used: with spectra of another sample in the place of the "
     "other tokens' own, the loss rises",
-    "B": "attention between tokens is hardly used: with spectra of another sample in the place of "
-    "the other tokens' own the loss hardly rises, or alpha stayed near its start",
+    "B": "no use of attention between tokens is shown: with spectra of another sample in the place "
+    "of the other tokens' own the loss hardly rises, or alpha stayed near its start",
 }
-DRIFT = "alpha rose without such a gain: each mode is scaled alike for all tokens, which is drift"
+DRIFT = "alpha rose although it hardly matters which other tokens there are, which is drift"
 
 
 def without_gravity(config: PreTrainedConfig) -> bool:

@@ -226,7 +226,10 @@ def gravity_status(model: nn.Module) -> GravityStatus:
 def _status_of_own(model: PreTrainedModel) -> GravityStatus:
     config = model.config
     named = getattr(config, "_attn_implementation", None)
-    asked = _OWN_IMPLEMENTATIONS.get(named or "", config.implementation)
+    # A companion has none: its geolip does. A prior has no gravity.
+    inner = getattr(config, "geolip", config)
+    asked = getattr(inner, "implementation", "auto")
+    asked = _OWN_IMPLEMENTATIONS.get(named or "", asked)
     implementation, reason = _implementation(model, asked)
     own = {id(parameter) for parameter in own_gravity_parameters(model)}
     # Under peft the frozen originals stand beside the copies in force.

@@ -51,13 +51,13 @@ def gravity_lora(
         masses need a larger learning rate.
 
     Raises:
-        RuntimeError: the model is not patched. TypeError: the twin of an NGT, without gravity.
+        RuntimeError: the model is not patched. TypeError: a model of our own without gravity.
     """
     if is_own_model(model):
         if not own_attention_names(model):
             raise TypeError(
                 f"gravity_lora: expected a model with gravity in it, got {type(model).__name__}, "
-                "the dot-product twin of one. Take peft.get_peft_model"
+                "whose attention takes dot products. Take peft.get_peft_model"
             )
         chosen = own_projections(model) if target_modules is None else target_modules
         own = _lora_settings(model, r, alpha, dropout, chosen)

@@ -129,6 +129,26 @@ def write_coordinate_figures(
     return _drawn_and_written(folder, themes, drawings, pages, _COORDINATES_TITLE)
 
 
+def write_drawings(
+    draw: Callable[[], Sequence[Drawing]],
+    folder: str | os.PathLike[str],
+    *,
+    theme: str = "light",
+) -> list[dict[str, Any]]:
+    """Draw what `draw` gives, and write it; arguments that do not fit are refused before it runs.
+
+    Args:
+        draw: makes the drawings.
+        folder, theme: as in `write_figures`.
+
+    Returns:
+        As `write_figures`.
+    """
+    require_matplotlib()
+    themes, folder = themes_of(theme), _fillable(folder)
+    return _drawn_and_written(folder, themes, draw(), None, "")
+
+
 def _fillable(folder: str | os.PathLike[str]) -> Path:
     found = Path(folder)
     if found.exists() and not found.is_dir():

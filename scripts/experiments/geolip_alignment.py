@@ -25,12 +25,11 @@ again.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from geolip_runs import add_options, finish, named
+from geolip_runs import add_options, finish, named, over_seeds
 
 NAME = "geolip_alignment"
 SEEDS = (0, 1, 2)
@@ -263,21 +262,17 @@ def _row(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "scopes": {
             scope: {
-                name: _spread([x["scopes"][scope][name] for x in found])
+                name: over_seeds([x["scopes"][scope][name] for x in found])
                 for name in ("relative_residual", "residual_before", "random_residual")
             }
             for scope in scopes
         },
         "cosines": {
-            name: _spread([x["cosines"][name] for x in found])
+            name: over_seeds([x["cosines"][name] for x in found])
             for name in (*PEERS[:1], *scopes, *PEERS[1:])
         },
-        "linear_residual": _spread([x["linear_residual"] for x in found]),
+        "linear_residual": over_seeds([x["linear_residual"] for x in found]),
     }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from geolip_compression_report import compression_summary, compression_table, draw, winners
-from geolip_features import QUICK_TEXTS, SIZES, load, prepare
+from geolip_features import QUICK_TEXTS, SIZES, add_training_options, load, prepare, training_of
 from geolip_runs import RESULTS, add_options, finish, named, show
 
 NAME = "geolip_compression"
@@ -56,9 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rows", type=int, nargs="+", help=f"rows of frames of 4 numbers {list(ROWS)}")
     add("--bits", type=int, nargs="+", help=f"of a degree of freedom, 2 to 8 {list(BITS)}")
     add("--hidden", type=int, help=f"width of all networks [{HIDDEN}]")
-    add("--steps", type=int, help="of training [1000]")
-    add("--batch", type=int, help="paragraphs in a step [12]")
-    add("--rate", type=float, help="learning rate, the highest of its course [2e-3]")
+    add_training_options(parser)
     add("--figure", type=Path, help="picture to draw [beside the summary, .png]")
     add_options(parser, NAME)
     options = parser.parse_args(arguments)
@@ -87,11 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def plan(options: argparse.Namespace, data: dict[str, Any]) -> list[dict[str, Any]]:
     """PCA first, which costs least; then both networks, size by size, first seeds first."""
-    size = SIZES["quick" if options.quick else "full"]
-    training = {
-        name: size[name] if (given := getattr(options, name)) is None else given
-        for name in ("steps", "batch", "rate")
-    }
+    size, training = SIZES["quick" if options.quick else "full"], training_of(options)
     known = {name: data[name] for name in ("key", "layer", "description")}
     shared = {"data": known, "bits": list(options.bits), "max_length": size["max_length"]}
     place = {"folder": data["folder"], "device": options.device}

@@ -58,9 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--host", type=Path, help="folder of another encoder with its tokenizer [MiniLM]")
     add("--layer", type=int, default=-2, help="of its hidden states, -1: the last [-2]")
     add("--arms", nargs="+", default=list(GROUPS), help=f"groups or names: {[*GROUPS, *ARMS]}")
-    add("--steps", type=int, help="of training [1000]")
-    add("--batch", type=int, help="paragraphs in a step [20]")
-    add("--rate", type=float, help="learning rate, the highest of its course [3e-3]")
+    add_training_options(parser)
     add_options(parser, NAME)
     options = parser.parse_args(arguments)
     try:
@@ -70,6 +68,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.quick and options.texts is None:
         options.texts = QUICK_TEXTS
     return options
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """What `training_of` reads; without them it is as `SIZES` says."""
+    full = SIZES["full"]
+    add = parser.add_argument
+    add("--steps", type=int, help=f"of training [{full['steps']}]")
+    add("--batch", type=int, help=f"paragraphs in a step [{full['batch']}]")
+    add("--rate", type=float, help=f"learning rate, the highest of its course [{full['rate']:g}]")
+
+
+def training_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Steps, batch and rate: those given, or else those of the size."""
+    size = SIZES["quick" if options.quick else "full"]
+    names = ("steps", "batch", "rate")
+    return {n: size[n] if (x := getattr(options, n)) is None else x for n in names}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -116,11 +130,7 @@ def prepare(options: argparse.Namespace, layer: int) -> dict[str, Any]:
 
 def plan(options: argparse.Namespace, data: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """All runs, first seeds first: what a cut-off experiment leaves has every arm."""
-    size = SIZES["quick" if options.quick else "full"]
-    training = {
-        name: size[name] if (given := getattr(options, name)) is None else given
-        for name in ("steps", "batch", "rate")
-    }
+    size, training = SIZES["quick" if options.quick else "full"], training_of(options)
     runs = []
     for arm in options.arms:
         layer = options.layer if arm.layer is None else arm.layer

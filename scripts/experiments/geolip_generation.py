@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from geolip_runs import add_options, finish, named
+from geolip_runs import add_options, finish, named, over_seeds
 
 NAME = "geolip_generation"
 KINDS = ("waves", "shapes")
@@ -39,21 +39,21 @@ SHOWN = 8
 # Held-out images come from seeds that no training has.
 _HELD_OUT_SEED = 10_000
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {
         **{"image": 16, "patch": 4, "rows": 16, "hidden": 96, "images": 4096, "compared": 512},
         **{"steps": 2000, "batch": 32, "width": 128, "layers": 4},
-        **{"prior_steps": 4000, "prior_batch": 64, "flow_steps": 50},
+        **{"prior_steps": 4000, "prior_batch": 64, "prior_rate": 2e-3, "flow_steps": 50},
     },
     "large": {
         **{"image": 32, "patch": 4, "rows": 16, "hidden": 96, "images": 16384, "compared": 1024},
         **{"steps": 4000, "batch": 32, "width": 256, "layers": 6},
-        **{"prior_steps": 20000, "prior_batch": 128, "flow_steps": 50},
+        **{"prior_steps": 20000, "prior_batch": 128, "prior_rate": 1e-3, "flow_steps": 50},
     },
     "quick": {
         **{"image": 8, "patch": 4, "rows": 4, "hidden": 8, "images": 16, "compared": 8},
         **{"steps": 2, "batch": 8, "width": 8, "layers": 1},
-        **{"prior_steps": 2, "prior_batch": 8, "flow_steps": 2},
+        **{"prior_steps": 2, "prior_batch": 8, "prior_rate": 1e-3, "flow_steps": 2},
     },
 }
 
@@ -149,7 +149,12 @@ def generated_sets(
         geolip, frames.shape[1], hidden_size=sizes["width"], num_hidden_layers=sizes["layers"]
     )
     losses = train_prior(
-        prior, frames, steps=sizes["prior_steps"], batch_size=sizes["prior_batch"], seed=seed
+        prior,
+        frames,
+        steps=sizes["prior_steps"],
+        batch_size=sizes["prior_batch"],
+        lr=sizes["prior_rate"],
+        seed=seed,
     )
     codes = {
         "gaussian": gaussian_codes(frames, count, seed),
@@ -180,26 +185,18 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": [
             {
                 **{"kind": kind, "set": name, "seeds": len(rows)},
-                **{m: _spread([row["sets"][name][m] for row in rows]) for m in MEASURES},
+                **{m: over_seeds([row["sets"][name][m] for row in rows]) for m in MEASURES},
             }
             for kind, rows in kinds.items()
             if rows
             for name in SETS
         ],
         "relative_error": {
-            kind: _spread([row["relative_error"] for row in rows])
+            kind: over_seeds([row["relative_error"] for row in rows])
             for kind, rows in kinds.items()
             if rows
         },
         "runs": [{k: v for k, v in row.items() if k not in ("run", "id")} for row in results],
-    }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": statistics.median(values),
-        "lowest": min(values),
-        "highest": max(values),
     }
 
 
@@ -220,15 +217,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(file: Path, pictures: Path) -> None:
     """The first images of every set, a row each, as PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
     from safetensors.torch import load_file
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     rows = load_file(pictures)
     names = ["training", *SETS]
-    figure, axes = pyplot.subplots(len(names), SHOWN, figsize=(SHOWN + 1.5, len(names) + 0.5))
+    figure = Figure(figsize=(SHOWN + 1.5, len(names) + 0.5))
+    axes = figure.subplots(len(names), SHOWN)
     for line, name in zip(axes, names, strict=True):
         for axis, image in zip(line, rows[name], strict=True):
             shown = (image.clamp(-1, 1) + 1) / 2
@@ -240,11 +235,12 @@ def draw(file: Path, pictures: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.tmp")
     figure.savefig(partial, dpi=150, format="png")
-    pyplot.close(figure)
     partial.replace(file)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    from gravity_hf.viz.style import require_matplotlib
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -253,7 +249,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", help="only runs whose id contains this")
     parser.add_argument("--figure", type=Path, help="PNG: the first images of the first run")
     options = parser.parse_args(arguments)
+    if options.figure is not None:
+        require_matplotlib()
     runs = [run for run in plan(options) if (options.only or "") in run["id"]]
+    if not runs:
+        raise SystemExit(f"error: --only: no run's id contains {options.only!r}")
     content = finish(options, runs, work, summary, NAME, arguments)
     print(table(content["rows"]))
     if options.figure is not None:

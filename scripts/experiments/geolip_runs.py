@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import shlex
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,11 @@ def finish(
     if left:
         raise SystemExit(f"error: {left} runs failed or were left for later: run it again")
     return content
+
+
+def over_seeds(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def show(headers: list[str], rows: list[list[str]]) -> None:

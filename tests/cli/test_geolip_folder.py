@@ -44,7 +44,7 @@ def test_status_shows_lens_verdict_and_alphas(folder: Path) -> None:
     assert "features of width 12, frames of 8 x 4" in text and "lens of 12 x 4, fixed" in text
     assert "largest entry of E^T E - 1 is 2" in text and "e-08" in text
     assert "cosine of reconstruction 0.9518" in text and "random frames: 98.5 %" in text
-    assert "mechanism B: attention between tokens is hardly used" in text
+    assert "mechanism B: no use of attention between tokens is shown" in text
     assert "spectral.layers.1 12 0.02384 0.02384 0.02384" in text
     assert f"gravity-hf figures {folder}" in text.replace(" /", "/").replace(
         "figures/", "figures /"

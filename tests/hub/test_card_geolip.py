@@ -24,7 +24,7 @@ from gravity_hf.hub.card_geolip_law import constants, law_text
 from gravity_hf.hub.cards import card_of_folder, model_card, write_card
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = "What it cannot do"
+LIMITS = "What is not claimed, and what it cannot do"
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +77,12 @@ def test_parameters_and_alphas_come_from_the_tensors(saved: Path, tmp_path: Path
     assert (
         dict(table(section(card, "What it is")))["parameters"] == f"{geolip().num_parameters():,}"
     )
-    *_, last = table(section(card, "The law"))
+    *_, last = table(section(card, "What it computes"))
     low, high = (0.2 * torch.tensor([-4.0, 1.0]).sigmoid()).tolist()
     assert last == ["`spectral.layers.1`", "12", f"{low:.4g} / 0.02384 / {high:.4g}"]
     basis = tensors["lens.basis"].double()
     error = (basis.T @ basis - torch.eye(4, dtype=torch.float64)).abs().max()
-    assert f"is {error:.1e}." in section(card, "The law")
+    assert f"is {error:.1e}." in section(card, "What it computes")
 
 
 def test_a_learned_lens_counts_and_is_measured_as_it_is_used(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_learned_lens_counts_and_is_measured_as_it_is_used(tmp_path: Path) -> 
     ("verdict", "words"),
     [
         (ENGAGED, "Mechanism A: attention between tokens is used"),
-        (VERDICT, "Mechanism B: attention between tokens is hardly used"),
+        (VERDICT, "Mechanism B: no use of attention between tokens is shown"),
         (DRIFTED, "which is drift"),
         (None, "Nothing was measured: the config holds no verdict"),
     ],
@@ -124,6 +124,13 @@ def test_what_is_not_claimed_is_said(saved: Path, card: ModelCard) -> None:
     assert "sees both ways" not in alone
 
 
+def test_a_verdict_without_a_record_is_not_vouched_for(saved: Path, tmp_path: Path) -> None:
+    geolip(verdict=VERDICT).save_pretrained(tmp_path)
+    told = "who measured them, and on what, is not said"
+    assert told in section(card_of_folder(tmp_path, "x"), "What was measured")
+    assert told not in section(rendered(saved), "What was measured")
+
+
 def test_without_a_verdict_no_number_is_claimed(saved: Path) -> None:
     results = {**results_of_geolip(saved), "conditions": None}
     card = model_card({**results, "config": {**results["config"], "verdict": None}}, "x")
@@ -146,8 +153,8 @@ def test_how_it_was_made_is_the_record_without_a_path(saved: Path) -> None:
 def test_gravity_between_spectra_is_said_and_tagged(saved: Path, card: ModelCard) -> None:
     gravity = rendered(saved, spectral_attention="gravity")
     assert gravity.data.tags == ["gravity-attention", "geolip"] and card.data.tags == ["geolip"]
-    assert "gravity, law power" in section(gravity, "The law")
-    assert "dot products" in section(card, "The law")
+    assert "gravity, law power" in section(gravity, "What it computes")
+    assert "dot products" in section(card, "What it computes")
 
 
 def test_letters_stand_where_they_are_used() -> None:

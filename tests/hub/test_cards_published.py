@@ -17,7 +17,7 @@ from hub.loopback import LoopbackHub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from gravity_hf.hub.card_lgt_text import eval_results as lgt_eval_results
+from gravity_hf.hub.card_kinds import card_kind
 from gravity_hf.hub.card_metadata import eval_results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,8 +133,12 @@ def test_a_card_reads_back_with_its_results(name: str) -> None:
     card = card_of(name)
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     index = card.data.to_dict()["model-index"]
-    made = eval_results if name in CONVERSIONS else lgt_eval_results
-    assert model_index_to_eval_results(index) == (name, made(results_of(name)))
+    results, own = results_of(name), card_kind(results_of(name))
+    if own is None:
+        made = eval_results(results)
+    else:
+        made = own.metadata(own.complete(results), name).eval_results
+    assert model_index_to_eval_results(index) == (name, made)
 
 
 def test_the_hub_takes_the_metadata(name: str, hub: LoopbackHub) -> None:

@@ -12,11 +12,14 @@ from transformers import BertConfig, BertModel
 
 from gravity_hf import (
     GeolipCompanion,
+    GeolipCompanionConfig,
     GeolipPrior,
     gravity_status,
     load_gravity_model,
     push_gravity_model,
 )
+from gravity_hf.hub.extras import Extras
+from gravity_hf.hub.staging import staged
 
 
 def card_on(hub: LoopbackHub, name: str) -> ModelCard:
@@ -45,6 +48,35 @@ def test_a_trained_folder_goes_up_with_its_figures(tmp_path: Path) -> None:
     plan = push_gravity_model(folder, "me/geolip", dry_run=True)
     paths = {file.path for file in plan.files}
     assert {"README.md", "model.safetensors", "figures/alphas.png"} <= paths
+    assert "masses" not in str(plan) and "gravity block" not in str(plan)
+
+
+def test_inputs_and_curves_of_a_training_stay_at_home(tmp_path: Path) -> None:
+    folder = trained_folder(tmp_path / "model")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "events.machine").write_text("x")
+    plan = push_gravity_model(folder, "me/geolip", dry_run=True)
+    assert not {"samples.safetensors", "runs/events.machine"} & {f.path for f in plan.files}
+    assert "left out: runs/, samples.safetensors" in plan.notices
+
+
+def test_a_card_that_was_written_by_hand_stays(tmp_path: Path) -> None:
+    folder = trained_folder(tmp_path / "model")
+    (folder / "README.md").write_text("---\ntags: [geolip]\n---\nmine\n")
+    with staged(folder, "me/geolip", Extras(), online=False) as laid_out:
+        assert laid_out.files["README.md"] == folder / "README.md"
+        assert not any("README" in notice for notice in laid_out.notices)
+
+
+def test_a_host_that_nobody_else_has_is_told(tmp_path: Path) -> None:
+    (tmp_path / "host").mkdir()
+    where = str(tmp_path / "host")
+    settings = geolip(host_config={"name_or_path": where, "layer": -1}).config
+    made = GeolipCompanion(GeolipCompanionConfig(geolip=settings, host_name_or_path=where))
+    made.save_pretrained(tmp_path / "model")
+    plan = push_gravity_model(tmp_path / "model", "me/x", dry_run=True, tokenizer=None)
+    named = {notice.split()[2] for notice in plan.notices if "a folder of this machine" in notice}
+    assert named == {"host_name_or_path", "geolip.host_config.name_or_path"}
 
 
 def test_a_companion_and_a_prior_go_up_without_the_host(tmp_path: Path, hub: LoopbackHub) -> None:
@@ -68,4 +100,6 @@ def test_the_status_in_python_says_whether_spectra_attend_by_gravity() -> None:
     assert gravity.is_gravity and gravity.layers == plain.skipped and not gravity.skipped
     # A strength and a softening for each of 4 heads in 2 layers.
     assert gravity.parameters == 16
+    companion = GeolipCompanion(GeolipCompanionConfig(geolip=geolip().config))
+    assert gravity_status(companion).skipped == tuple(f"geolip.{name}" for name in plain.skipped)
     assert "dot products of spectra" in str(plain) and "gravity between spectra" in str(gravity)

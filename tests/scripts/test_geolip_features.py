@@ -142,9 +142,10 @@ def test_committed_runs_are_comparable() -> None:
     # Another layer has as many tokens.
     assert len({row["verdict"]["tokens"] for row in content["rows"]}) == 1
     by = grouped(content["rows"], "arm")
-    assert set(by) == {(name,) for name in ARMS}
-    for name, arm in ARMS.items():
-        assert len({row["seed"] for row in by[name,]}) >= arm.seeds, name
+    # What the README speaks of; other arms may be missing, but not some of their seeds.
+    assert {("base",), ("base, gravity",), ("tiny",)} <= set(by) <= {(name,) for name in ARMS}
+    for (name,), rows in by.items():
+        assert len({row["seed"] for row in rows}) >= ARMS[name].seeds, name
 
 
 def test_base_keeps_a_cosine_of_95_percent_of_held_out_features() -> None:

@@ -110,6 +110,7 @@ def test_features_become_a_companion_beside_their_host(script, host, tmp_path, c
         assert companion(**inputs).omega.shape == (1, 2, 4)
     results = json.loads((out / "results.json").read_text())
     assert results["model_type"] == "geolip_companion"
+    assert str(tmp_path) not in json.dumps(results) and str(host.parent) not in json.dumps(results)
     assert companion.config.geolip.verdict == results["verdict"]
 
 
@@ -126,7 +127,13 @@ def test_errors_are_one_line(script, capsys, monkeypatch, tmp_path, arguments, s
     monkeypatch.chdir(tmp_path)
     code, error = failure(script, capsys, *arguments)
     assert code == 2 and says in error and error.count("\n") == 1
-    assert not any(file.name == "config.json" for file in tmp_path.rglob("*"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_are_given_again_are_added(script):
+    twice = ["features", "--text", "a", "--text", "b", "--set", "c=1", "--set", "d=2"]
+    options = script.parser().parse_args(twice)
+    assert options.text_files == ["a", "b"] and options.overrides == ["c=1", "d=2"]
 
 
 def test_values_are_json_or_words(script):

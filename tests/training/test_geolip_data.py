@@ -20,7 +20,8 @@ from gravity_hf.training.geolip.texts import load_texts, paragraphs_of
 
 LONG = "A paragraph that is long enough to be one, number {}."
 # A heading may be as long as a paragraph.
-WIKI = f"\n = Gravity , and what it holds together all over the world = \n \n {LONG.format(1)} \n = = History = = \n {LONG.format(2)} \n short \n"
+LONG_HEADING = " = Gravity , and what it holds together all over the world = "
+WIKI = f"\n{LONG_HEADING}\n \n {LONG.format(1)} \n = = History = = \n {LONG.format(2)} \n short \n"
 
 
 def windows(count=20, texts=10, width=3):
@@ -179,11 +180,35 @@ def test_a_folder_of_pictures_is_read_one_by_one(processor, tmp_path):
     found = load_images(str(tmp_path), processor, held_out=0.5)
     values = sorted(float(row["pixel_values"].mean()) for side in found[:2] for row in side)
     assert values == pytest.approx([40 * i / 127.5 - 1 for i in range(4)], abs=0.02)
-    (tmp_path / "e.png").write_bytes(b"no image")
+    digest = found.digest
+    assert load_images(str(tmp_path), processor).digest == digest
+    (tmp_path / "d.bmp").unlink()
+    assert load_images(str(tmp_path), processor).digest != digest
+
+
+def test_what_is_transparent_is_read_as_the_processor_reads_it(processor, tmp_path):
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    for i in range(3):
+        clear.save(tmp_path / f"{i}.png")
+    found = load_images(str(tmp_path), processor)
+    expected = processor(clear, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(found.train[0]["pixel_values"], expected) and expected.min() == 1
+
+
+def test_a_file_that_is_no_image_is_named(processor, tmp_path):
+    """One with another's bytes before anything begins, one that was cut off when it is read."""
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    for i in range(3):
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:1000])
     broken = load_images(str(tmp_path), processor, held_out=0.5)
-    with pytest.raises(ValueError, match=r"e\.png"):
+    with pytest.raises(ValueError, match=r"1\.png.*Take it out"):
         for side in broken[:2]:
             list(side)
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1\.png.*Take it out"):
+        load_images(str(tmp_path), processor)
 
 
 def test_a_data_set_of_images_finds_its_column(processor, monkeypatch):

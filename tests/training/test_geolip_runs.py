@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -125,6 +126,51 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_model(images, tmp_path):
         assert (out / file).read_bytes() == (whole / file).read_bytes(), file
     assert resumed.verdict == result.verdict
     assert resumed.record["history"]["alphas"] == result.record["history"]["alphas"]
+
+
+def pictures(folder, count):
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    """Another image more, and others would be held out: some that were trained on."""
+    out, folder = tmp_path / "out", tmp_path / "pictures"
+    settings = {**IMAGES, "out": str(out), "images": pictures(folder, 8)}
+    with pytest.raises(KeyboardInterrupt):
+        train_images(ImageSettings(**settings), callbacks=[Stop()])
+    pictures(folder, 9)
+    with pytest.raises(ValueError, match="data that the training"):
+        train_images(ImageSettings(resume=True, **settings))
+    (folder / "8.png").unlink()
+    record = train_images(ImageSettings(resume=True, **settings)).record
+    assert record["training"]["rows"] == 6 and record["settings"]["images"] == "pictures"
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path):
+    out = tmp_path / "out"
+    wrong = {**IMAGES, "overrides": {**SMALL["overrides"], "num_channels": 1}}
+    with pytest.raises(ValueError, match="num_channels: expected 3"):
+        train_images(ImageSettings(out=str(out), **wrong))
+    assert not out.exists()
+
+
+def test_a_loss_that_is_not_finite_ends_a_run(tmp_path):
+    settings = {**IMAGES, "steps": 40, "learning_rate": 1e30, "warmup_steps": 0}
+    with pytest.raises(FloatingPointError, match="Lower the learning rate"):
+        train_images(ImageSettings(out=str(tmp_path / "out"), **settings))
+
+
+def test_files_of_the_model_before_do_not_outlive_it(images, host, tmp_path):
+    """An image processor beside a model of features would say what it is not."""
+    out = tmp_path / "out"
+    shutil.copytree(images[0], out)
+    settings = FeatureSettings(out=str(out), force=True, **{**SMALL, "steps": 1})
+    train_features(settings, host=host, tokenizer=Letters(), texts=TEXTS)
+    assert not (out / "preprocessor_config.json").exists()
+    assert json.loads((out / "config.json").read_text())["patch_dim"] == 8
 
 
 def test_a_finished_model_is_replaced_only_by_force(images, tmp_path):

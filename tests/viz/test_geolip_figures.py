@@ -51,6 +51,14 @@ def test_what_is_shown_is_what_the_model_gives() -> None:
     assert model.training is False
 
 
+def test_a_sample_without_tokens_is_passed_over() -> None:
+    model = geolip()
+    batch = samples(model)
+    batch["attention_mask"][0] = 0
+    seen = look(model, [batch])
+    assert seen.first == 5 and len(seen.before) == 9
+
+
 def test_a_noisy_image_stands_between_the_clean_one_and_what_is_made_of_it() -> None:
     model = geolip(**IMAGES)
     clean = samples(model)["pixel_values"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...layers.float32 import without_autocast
 from .frames import canonical
 
 
@@ -38,7 +39,8 @@ def seeded_codebook(size: int, base_dim: int, seed: int) -> Tensor:
 def address_of(frame: Tensor, codebook: Tensor, temperature: float) -> Address:
     """Addresses of the rows of `frame` `[..., V, d]`; nothing learns from them."""
     rows = canonical(frame.to(codebook.dtype))
-    products = rows @ codebook.T
+    with without_autocast(rows.device.type):
+        products = rows @ codebook.T
     margins = products.abs()
     margin, axis = margins.max(-1)
     chosen = products.gather(-1, axis.unsqueeze(-1)).squeeze(-1)

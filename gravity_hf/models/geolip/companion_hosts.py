@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     PreTrainedConfig,
@@ -31,9 +33,12 @@ def encoder_of(host: PreTrainedModel) -> PreTrainedModel:
             f"host: expected a transformers model, got {type(host).__name__}. Give what AutoModel "
             "loads; of a PeftModel, merge_and_unload() first"
         )
-    if not host.config.is_encoder_decoder:
+    # AutoModel makes both of an encoder that was saved by itself, and its config tells of one.
+    parts = (getattr(host, part, None) for part in ("encoder", "decoder"))
+    has_both = all(isinstance(part, PreTrainedModel) for part in parts)
+    if not (host.config.is_encoder_decoder or has_both):
         return host
-    # Of an encoder by itself the config still tells of both; it is returned as it is.
+    # Of an encoder by itself the config may still tell of both; it is returned as it is.
     encoder = host.get_encoder()
     if not isinstance(encoder, PreTrainedModel):
         raise TypeError(
@@ -106,6 +111,29 @@ def has_head(host: PreTrainedModel) -> bool:
 
 def reads_images(host: PreTrainedModel) -> bool:
     return host.main_input_name == _IMAGES
+
+
+def type_reads_images(model_type: str | None) -> bool:
+    """As `reads_images`, of what AutoModel makes of a model type; False for one it does not
+    know."""
+    if model_type not in CONFIG_MAPPING:
+        return False
+    found = AutoModel._model_mapping.get(CONFIG_MAPPING[model_type], None)
+    return getattr(found, "main_input_name", None) == _IMAGES
+
+
+def positions_of(host: PreTrainedModel) -> int | None:
+    """How many tokens a host has positions for; None where that is not said, or there is no end.
+
+    Where a table of positions has one for padding, as RoBERTa's, those of tokens begin behind it.
+    """
+    count = getattr(host.config, "max_position_embeddings", None)
+    if not isinstance(count, int):
+        return None
+    for name, module in host.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return count if module.padding_idx is None else count - module.padding_idx - 1
+    return count
 
 
 def is_causal_host(host: PreTrainedModel) -> bool:

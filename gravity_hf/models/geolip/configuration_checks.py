@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # What a learned softening never falls below.
 SOFTENING_FLOOR = 1e-4
+# Its exponential is a number of float32, too; what starts beyond learns nothing.
+_LARGEST_LOGIT = 80
 _GRAVITY_SETTINGS = ("gravity_law", "gravity_softening", "learn_softening", "gravity_strength")
 
 _CHOICES = {
@@ -71,7 +73,9 @@ def check_geolip_config(config: GeolipConfig) -> None:
         _expect(_is_finite(value) and value >= 0, name, "a finite number >= 0", value)
     value = config.max_alpha
     _expect(_is_finite(value) and 0 < value < 1, "max_alpha", "a number in (0, 1)", value)
-    _expect(_is_finite(config.alpha_init), "alpha_init", "a finite number", config.alpha_init)
+    value, most = config.alpha_init, _LARGEST_LOGIT
+    fits = _is_finite(value) and abs(value) <= most
+    _expect(fits, "alpha_init", f"a number in [-{most}, {most}], before a sigmoid", value)
     _check_lens(config)
     _check_images(config)
     _check_gravity(config)

@@ -27,7 +27,8 @@ class GeolipPriorConfig(PreTrainedConfig):
         hidden_size: width of the transformer, a multiple of `num_attention_heads`.
         intermediate_size: of its feed-forward networks; None: `4 hidden_size`.
         dropout: in its layers, while it is trained.
-        initializer_range: of the table of places.
+        initializer_range: of the table of places. The default is about as large as what a new model
+            makes of codes; with small ones tokens learn late to go together.
         geolip_name_or_path: the geolip whose decoder makes something of the codes; None: not said.
         geolip_digest: of what that geolip decodes with, see `decoder_digest`; None: not said, and
             then no geolip is refused.
@@ -48,7 +49,7 @@ class GeolipPriorConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     dropout: float | int = 0.0
     layer_norm_eps: float = 1e-5
-    initializer_range: float | int = 0.02
+    initializer_range: float | int = 0.5
     geolip_name_or_path: str | None = None
     geolip_digest: str | None = None
 

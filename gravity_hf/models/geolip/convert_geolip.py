@@ -26,6 +26,7 @@ from ..converting import (
     weights_in,
     write_folder,
 )
+from .lens import check_isometry
 from .modeling_geolip import GeolipForReconstruction, GeolipModel
 from .published import (
     exported_config,
@@ -171,6 +172,7 @@ def _two_reconstruction(
 def _loaded(config: Any, state: Mapping[str, Tensor]) -> GeolipForReconstruction:
     model = GeolipForReconstruction(config)
     load_strictly(model, state)
+    check_isometry(model.lens)
     return model.eval()
 
 

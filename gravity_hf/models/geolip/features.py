@@ -18,6 +18,7 @@ from .companion_hosts import (
     has_head,
     layer_index,
     layers_of,
+    positions_of,
     prefix_tokens_of,
     reads_images,
     special_ids_of,
@@ -157,8 +158,8 @@ def hidden_states(host: PreTrainedModel, layer: int, inputs: dict[str, Any]) -> 
 def _padded(host: PreTrainedModel, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Token ids and mask `[B, T]`; padding is on the right, where it moves no position."""
     longest = max(len(row) for row in rows)
-    positions = getattr(host.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and longest > positions:
+    positions = positions_of(host)
+    if positions is not None and longest > positions:
         raise ValueError(
             f"extract_features: expected at most {positions} tokens, the positions of "
             f"{host.config.model_type}, got a text of {longest}. Give max_length={positions}"

@@ -9,6 +9,9 @@ from ...layers.float32 import Float32, without_autocast
 from .configuration_geolip import GeolipConfig
 from .frames import canonical
 
+# Of `E^T E`, of dimension 4: bfloat16 makes up to 0.005 of a lens.
+_LARGEST_ERROR = 0.01
+
 
 class Lens(Float32):
     """`M E^T` with `E^T E = 1`: Gram matrices, angles and singular values of frames stay.
@@ -63,6 +66,25 @@ def orthonormal(matrix: Tensor) -> Tensor:
     """The `Q` `[D, d]` of `matrix = Q R` with a positive diagonal of `R`, which makes it unique."""
     q, r = torch.linalg.qr(matrix)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+
+
+def check_isometry(lens: Lens) -> None:
+    """Refuse weights that are no lens, before a frame goes through them.
+
+    What half precision makes of one passes.
+
+    Raises:
+        ValueError: `max |E^T E - 1|` is above 0.01.
+    """
+    if lens.basis.is_meta:
+        return
+    error = lens_error(lens.matrix())
+    # So that nan is refused, too.
+    if not error <= _LARGEST_ERROR:
+        raise ValueError(
+            f"lens.basis: expected E with |E^T E - 1| <= {_LARGEST_ERROR}, an isometry, got "
+            f"{error:.3g}. What a learned lens stores is none by itself: keep its lens_mode"
+        )
 
 
 def lens_error(basis: Tensor) -> float:

@@ -10,7 +10,6 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of `values` `[B, N]` over the tokens that `mask`, bool `[B, N]`, counts; 0 of none."""
     if mask is None:
         return values.mean()
-    # What is not counted may be anything, so a product would not do.
     return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
@@ -24,6 +23,10 @@ def reconstruction_loss(x: Tensor, target: Tensor, mask: Tensor | None, kind: st
 
     x, target: `[B, N, P]`, at least float32; mask: bool `[B, N]`, tokens that count.
     """
+    if mask is not None:
+        # Labels of padding may be anything. In a loss that leaves their tokens out at its end only,
+        # a nan would still be in the gradients: 0 times nan.
+        x, target = (y.masked_fill(~mask.unsqueeze(-1), 0.0) for y in (x, target))
     loss = x.new_zeros(())
     if kind != "cosine":
         loss = loss + masked_mean((x - target).square().mean(-1), mask)

@@ -198,6 +198,8 @@ class GeolipCompanion(PreTrainedModel):
         Args:
             input_ids, token_type_ids, position_ids, inputs_embeds, pixel_values, others: what the
                 host takes; no cache is, with which a companion would see the last tokens only.
+                Of a host with a head also labels, whose loss is added. A Trainer keeps a column
+                `labels` of a data set with TrainingArguments(label_names=["labels"]) only.
             attention_mask: `[B, T]`, 0 for padding.
             return_loss: of the reconstruction.
             output_frames: also return frames.
@@ -269,7 +271,8 @@ class GeolipCompanion(PreTrainedModel):
         return found
 
     def verdict(self, loader: Iterable[Mapping[str, Any]], **options: Any) -> Verdict:
-        """What can be measured of the geolip on inputs of the host; see `compute_verdict`."""
+        """What can be measured of the geolip on inputs of the host; see `compute_verdict`. Its
+        `to_dict()` as `config.geolip.verdict` is saved, and stands in the model card."""
         reads = self._reads(loader)
         batches = ({"patches": hidden, "attention_mask": mask} for hidden, mask in reads)
         return self.geolip.verdict(batches, **options)

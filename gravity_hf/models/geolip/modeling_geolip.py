@@ -275,6 +275,9 @@ class GeolipModel(FeatureSpace, GeolipPreTrainedModel):
 
 
 class GeolipForReconstruction(GeolipModel):
-    """A geolip that always has a loss: where no labels are given it reconstructs its input."""
+    """A geolip that always has a loss: where no labels are given it reconstructs its input.
+
+    Trainer reports an `eval_loss` of batches with labels only; `GeolipCollator` writes them always.
+    """
 
     _labels_are_inputs = True

@@ -14,7 +14,7 @@ from ...layers.float32 import widen
 from .coders import RowOutput, ZeroConvolution
 from .configuration_geolip import GeolipConfig
 from .gravity import SpectralGravity
-from .lens import Lens
+from .lens import Lens, check_isometry
 from .spectral import SpectralLayer
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -40,6 +40,22 @@ class GeolipPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         widen(self)
         super().post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **options: Any
+    ) -> Any:
+        """As of any model.
+
+        Raises:
+            ValueError: weights of the lens that are no isometry.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, Lens):
+                check_isometry(module)
+        return loaded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `to`, `half`, `bfloat16` call; buffers of the model itself are moved only."""

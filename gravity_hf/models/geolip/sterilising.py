@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ...layers.float32 import without_autocast
 from ...ops.reference import compute_dtype
-
-# No deviation counts as smaller: a dimension may be constant.
-STD_FLOOR = 1e-6
+from .feature_statistics import STD_FLOOR
 
 
 class FeatureSpace(nn.Module):
@@ -28,8 +26,13 @@ class FeatureSpace(nn.Module):
 
     def normalize_features(self, x: Tensor) -> Tensor:
         """`(x - mean) / std` of `[..., P]`, then `@ whitening` where the model whitens; at least
-        float32. With `feature_norm="none"` the features as they are."""
+        float32. With `feature_norm="none"` the features as they are.
+
+        Raises:
+            ValueError: features of another width.
+        """
         mean, std = self.feature_mean, self.feature_std
+        _check_width(x, mean.shape[0])
         x = x.to(_common(x, mean))
         if self.feature_norm == "none":
             return x
@@ -37,8 +40,9 @@ class FeatureSpace(nn.Module):
         return self._mapped(x, self.feature_whitening) if self.feature_norm == "whiten" else x
 
     def restore_features(self, x: Tensor) -> Tensor:
-        """What `normalize_features` undoes."""
+        """What `normalize_features` undoes, `[..., P]`."""
         mean, std = self.feature_mean, self.feature_std
+        _check_width(x, mean.shape[0])
         x = x.to(_common(x, mean))
         if self.feature_norm == "none":
             return x
@@ -94,6 +98,14 @@ class FeatureSpace(nn.Module):
     def _mapped(self, x: Tensor, matrix: Tensor) -> Tensor:
         with without_autocast(x.device.type):
             return x @ matrix.to(x.dtype)
+
+
+def _check_width(x: Tensor, width: int) -> None:
+    """A single column would be taken for all of them."""
+    if x.dim() < 1 or x.shape[-1] != width:
+        raise ValueError(
+            f"features: expected [..., {width}], as config.patch_dim says, got {tuple(x.shape)}"
+        )
 
 
 def _common(x: Tensor, buffer: Tensor) -> torch.dtype:

@@ -25,7 +25,7 @@ from ...models.geolip.collating import GeolipCollator
 from .groups import geolip_param_groups
 from .noise import with_noise
 
-__all__ = ["Row", "Rows", "batches_of", "fit", "rows_of"]
+__all__ = ["CLIP", "WARMUP", "Row", "Rows", "batches_of", "finite", "fit", "rows_of"]
 
 Row = Mapping[str, Any]
 # Rows for GeolipCollator, or one tensor: patches [count, N, P], images [count, C, H, W].
@@ -93,7 +93,7 @@ def fit(
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             schedule.step()
-            losses.append(_finite(loss, len(losses)))
+            losses.append(finite(loss, len(losses), "fit"))
     finally:
         model.train(was_training)
     return losses
@@ -166,11 +166,13 @@ def _check(
         )
 
 
-def _finite(loss: Tensor, step: int) -> float:
+def finite(loss: Tensor, step: int, who: str) -> float:
+    """The loss as a number; FloatingPointError, by the name of `who` computes it, where it is
+    none."""
     value = float(loss.detach())
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"fit: expected a finite loss, got {value} at step {step}. Lower the rate, or look for "
-            "numbers that are not finite in the rows"
+            f"{who}: expected a finite loss, got {value} at step {step}. Lower the rate, or look "
+            "for numbers that are not finite in the data"
         )
     return value

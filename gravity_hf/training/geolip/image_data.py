@@ -6,14 +6,18 @@ train, held_out = load_images("pictures/", processor)
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...models.geolip.image_arrays import as_channels_first
+from .records import name_of_source
 from .splitting import drawn_apart
 from .synthetic import KINDS, synthetic_images
 
@@ -51,11 +55,13 @@ class ImageRows(Dataset):
 
 
 class Images(NamedTuple):
-    """Rows to learn from, others to measure on, and one line about where they come from."""
+    """Rows to learn from, others to measure on, one line about where they come from, and a digest
+    of which images they are: of files by their names and sizes."""
 
     train: ImageRows
     held_out: ImageRows
     description: str
+    digest: str
 
 
 def load_images(
@@ -82,29 +88,38 @@ def load_images(
         column: its column of images. None: the one that is called as such columns are.
 
     Raises:
-        ValueError: no such source, fewer than 3 images, a share outside of (0, 1).
+        ValueError: no such source, fewer than 3 images, a share outside of (0, 1), or a file that
+            is no image in spite of its name.
         ImportError: a data set without the package that reads it.
     """
+    listed: list[str] = []
     if source in KINDS:
         size, patch = processor.size.height, processor.patch_size
         pixels = synthetic_images(source, count or _SYNTHETIC, size, patch, seed)
         read, total, processor = (lambda i: pixels[i]), len(pixels), None
         origin = f"synthetic images ({source}) of {size} x {size} pixels, seed {seed}"
     elif files := _files(Path(source)):
-        read, total, origin = _reader(files), len(files), f"folder {Path(source).resolve().name}"
+        read = _reader(files, to_rgb=processor.do_convert_rgb)
+        total, origin = len(files), f"folder {name_of_source(source)}"
+        listed = [f"{file.relative_to(source)} {file.stat().st_size}" for file in files]
     else:
         rows, name = _dataset(source, dataset_config, column)
-        read, total, origin = (lambda i: rows[i][name]), len(rows), f"data set {source}"
+        read, total = (lambda i: rows[i][name]), len(rows)
+        origin = f"data set {name_of_source(source)}"
     numbers = list(range(total))
     if count is not None and count < total:
         numbers = random.Random(seed).sample(numbers, count)
+    if listed:
+        _check_images([files[i] for i in numbers])
+    description = f"{len(numbers)} images, {origin}"
     # Another draw than that of the count.
     away = drawn_apart(len(numbers), held_out, seed + 1, f"images of {source!r}")
     train = sorted(set(range(len(numbers))) - set(away))
     return Images(
         ImageRows(read, [numbers[i] for i in train], processor),
         ImageRows(read, [numbers[i] for i in away], processor),
-        f"{len(numbers)} images, {origin}",
+        description,
+        hashlib.sha256("\0".join([description, *listed]).encode()).hexdigest()[:16],
     )
 
 
@@ -112,23 +127,37 @@ def _files(folder: Path) -> list[Path]:
     """Image files under a folder, in order of their names; none where it is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    return sorted(file for file in found if file.is_file())
 
 
-def _reader(files: list[Path]) -> Callable[[int], Any]:
+def _reader(files: list[Path], *, to_rgb: bool) -> Callable[[int], Any]:
     def read(number: int) -> Any:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(files[number]) as image:
-                return image.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(
-                f"{files[number]}: expected an image, cannot read it ({error}). Take it out of the "
-                "folder"
-            ) from error
+        with _opened(files[number]) as image:
+            return as_channels_first(image, to_rgb=to_rgb)
 
     return read
+
+
+def _check_images(files: Sequence[Path]) -> None:
+    """Said before a training begins; what is behind a file's first bytes is not looked at."""
+    for file in files:
+        with _opened(file):
+            pass
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError) as error:
+        # PIL says SyntaxError of some files that are broken.
+        raise ValueError(
+            f"{file}: expected an image, cannot read it ({error}). Take it out of the folder"
+        ) from error
 
 
 def _dataset(source: str, config: str | None, column: str | None) -> tuple[Any, str]:

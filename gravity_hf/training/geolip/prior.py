@@ -22,11 +22,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ...models.geolip.prior_times import draw_times
+from .fitting import CLIP, WARMUP, finite
 
 __all__ = ["frames_of", "train_prior"]
-
-CLIP = 1.0
-WARMUP = 30
 
 
 @torch.no_grad()
@@ -101,7 +99,7 @@ def train_prior(
             torch.nn.utils.clip_grad_norm_(prior.parameters(), CLIP)
             optimizer.step()
             schedule.step()
-            losses.append(_finite(loss, len(losses)))
+            losses.append(finite(loss, len(losses), "train_prior"))
     finally:
         prior.train(was_training)
     return losses
@@ -130,12 +128,3 @@ def _check(count: int, steps: int, batch_size: int, lr: float, warmup: int) -> N
         )
     if not (lr > 0 and math.isfinite(lr)):
         raise ValueError(f"train_prior.lr: expected a finite rate above 0, got {lr!r}")
-
-
-def _finite(loss: Tensor, step: int) -> float:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"train_prior: expected a finite loss, got {value} at step {step}. Lower the rate"
-        )
-    return value

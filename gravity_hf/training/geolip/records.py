@@ -36,11 +36,19 @@ def training_of(
 
 
 def without_places(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that name places on this machine; of files their names."""
+    """Settings without those that name places on this machine; of files and folders their names."""
     kept = {n: value for n, value in settings.items() if n not in ("out", "cache", "host")}
     if "text_files" in kept:
         kept["text_files"] = [Path(file).name for file in kept["text_files"]]
+    for name in ("images", "dataset"):
+        if kept.get(name):
+            kept[name] = name_of_source(kept[name])
     return kept
+
+
+def name_of_source(source: str) -> str:
+    """The last name of a file or folder on this machine; others, as those of data sets, whole."""
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def evaluations_of(log_history: Iterable[dict[str, Any]]) -> list[dict[str, float]]:

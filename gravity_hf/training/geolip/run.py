@@ -20,7 +20,7 @@ __all__ = ["run", "run_image"]
 
 def run(
     model_name: str = "bert-base-uncased",
-    corpus_source: str | Sequence[str] = "wikitext",
+    corpus_source: str | Path | Sequence[str] = "wikitext",
     n_sentences: int | None = 512,
     D_lens: int = 64,
     epochs: int = 200,
@@ -47,7 +47,8 @@ def run(
     Returns:
         The model, and a report: verdict, history, settings, conditions.
     """
-    texts = None if isinstance(corpus_source, str) else list(corpus_source)[:n_sentences]
+    is_name = isinstance(corpus_source, (str, Path))
+    texts = None if is_name else list(corpus_source)[:n_sentences]
     is_dataset = corpus_source == "wikitext"
     settings = FeatureSettings(
         out=None if out_dir is None else str(out_dir),

@@ -19,8 +19,9 @@ from ...models.geolip.configuration_geolip import GeolipConfig
 from ...models.geolip.feature_statistics import feature_statistics
 from ...models.geolip.image_processing_geolip import GeolipImageProcessor
 from .feature_data import split_windows, stored_features, weights_digest, windows_of
-from .folder import claimed
+from .folder import claimed, require_same_data
 from .image_data import load_images
+from .records import name_of_source
 from .settings import FeatureSettings, ImageSettings
 from .texts import Texts, load_texts, texts_of
 from .training import Companion, GeolipResult, TrainingData, train
@@ -60,12 +61,13 @@ def train_features(
             "host: expected a name or folder for AutoModel, or a model, got none. Give --host"
         )
     state = PartialState(cpu=settings.device == "cpu" or None)
-    with claimed(settings, state.is_main_process) as work:
+    with claimed(settings, state) as work:
         found = _texts(settings, texts)
-        host = AutoModel.from_pretrained(name) if host is None else host
-        tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
+        host = _loaded(AutoModel, name) if host is None else host
+        tokenizer = _loaded(AutoTokenizer, name) if tokenizer is None else tokenizer
         host = host.to("cpu" if settings.device == "cpu" else state.device)
         key = {"host": weights_digest(host), "type": host.config.model_type, "texts": found.digest}
+        require_same_data(work, key, state)
         place = Path(settings.cache) if settings.cache else work / _FEATURES_FOLDER
         # The others find what the first has made.
         with state.main_process_first():
@@ -96,7 +98,12 @@ def train_features(
             held_out=held_out,
             task="features",
             description=f"hidden states ({which}) of {_named(name, host)}, {found.description}",
-            facts={"text": found.description, "digest": found.digest, "host": described},
+            facts={
+                "text": found.description,
+                "digest": found.digest,
+                # A record is for others, who have no such folder.
+                "host": {**described, "name_or_path": name_of_source(name) if name else None},
+            },
             statistics=None
             if config.feature_norm == "none"
             else feature_statistics(windows_of(rows), config.feature_norm),
@@ -122,7 +129,7 @@ def train_images(
         ValueError: settings that do not fit, a folder that holds something else, no images.
     """
     state = PartialState(cpu=settings.device == "cpu" or None)
-    with claimed(settings, state.is_main_process) as work:
+    with claimed(settings, state) as work:
         config = settings.model_config()
         processor = GeolipImageProcessor.from_config(config)
         images = load_images(
@@ -134,12 +141,14 @@ def train_images(
             dataset_config=settings.dataset_config,
             column=settings.image_column,
         )
+        _check_channels(images.train[0]["pixel_values"].shape[0], config)
+        require_same_data(work, {"images": images.digest}, state)
         data = TrainingData(
             train=images.train,
             held_out=images.held_out,
             task="images",
             description=images.description,
-            facts={"image_size": settings.image_size, "patch_size": settings.patch_size},
+            facts={"image_size": config.image_size, "patch_size": config.patch_size},
             processor=processor,
         )
         set_seed(settings.seed)
@@ -154,6 +163,25 @@ def _config(settings: FeatureSettings, host: PreTrainedModel, width: int) -> Geo
         # What cannot be saved in the end is said before it is trained.
         GeolipCompanionConfig(geolip=config, causal=causal, read_layer=settings.layer)
     return config
+
+
+def _loaded(kind: Any, name: str) -> Any:
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        # Some kinds of these errors are made of more than words.
+        raise OSError(
+            f"host: expected a name or folder for {kind.__name__}, got {name!r}, which cannot be "
+            f"loaded ({error})"
+        ) from error
+
+
+def _check_channels(found: int, config: GeolipConfig) -> None:
+    if found != config.num_channels:
+        raise ValueError(
+            f"num_channels: expected {found}, as the images have, got {config.num_channels}. "
+            "Leave it out, or give other images"
+        )
 
 
 def _named(name: str, host: PreTrainedModel) -> str:

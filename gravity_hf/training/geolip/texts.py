@@ -12,6 +12,7 @@ from typing import Any
 
 from ..sources import DATASETS, NamedDataset
 from ..text import embedded_english, prose_paragraphs, read_text
+from .records import name_of_source
 
 __all__ = ["Texts", "load_texts", "paragraphs_of", "texts_of"]
 
@@ -60,7 +61,7 @@ def load_texts(
         raise ValueError("text: expected files or a data set, got both. Leave one out")
     if dataset:
         found = _of_dataset(dataset, dataset_config, column, count, seed)
-        origin = f"data set {dataset}"
+        origin = f"data set {name_of_source(dataset)}"
     elif files:
         places = [Path(file) for file in files]
         found = [p for place in places for p in paragraphs_of(read_text(place))]
@@ -129,7 +130,13 @@ def _rows(
             "Or give text files"
         ) from error
     known = DATASETS.get(_ALIASES.get(name, name), NamedDataset(name))
-    splits: Any = load_dataset(known.path, config or known.config, **known.options)
+    try:
+        splits: Any = load_dataset(known.path, config or known.config, **known.options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"dataset: expected 'wikitext', or the name or folder of a data set, got {name!r}, "
+            f"which cannot be loaded ({error}). Text files need no data set: --text FILE"
+        ) from error
     split = next((part for part in _SPLITS if part in splits), None)
     if split is None or column not in splits[split].column_names:
         have = splits[split].column_names if split else list(splits)

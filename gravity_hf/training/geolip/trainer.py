@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ class GeolipTrainer(Trainer):
     Raises:
         ValueError: weight decay, or `denoise` below 0.
         TypeError: no geolip.
+        FloatingPointError: in training, a loss that is not finite, where it is logged;
+            `logging_nan_inf_filter=True`, transformers' default, hides it.
     """
 
     def __init__(self, *args: Any, denoise: float = 0.0, **kwargs: Any) -> None:
@@ -106,10 +109,19 @@ class GeolipTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
+            self._check_loss(logs["loss"])
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, TrainingHistory):
                     logs.update(callback.scalars())
         super().log(logs, *args, **kwargs)
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"GeolipTrainer: expected a finite loss, got {loss} at step "
+                f"{self.state.global_step}. Lower the learning rate and start anew, or look for "
+                "numbers that are not finite in the data"
+            )
 
     def _noise(self) -> torch.Generator:
         """Of this forward pass and no other, also after a resume."""

@@ -48,8 +48,8 @@ def alphas_figure(seen: GeolipSeen) -> Drawing:
     left_out = len(seen.alphas) - len(layers)
     caption = (
         f"Dashed: the start, {seen.start:.4g}. Grey edges: the bounds, 0 and {seen.highest:g}. "
-        "A mode that stays at the start is hardly moved by attention; one that rises is used, or "
-        "is scaled alike for all tokens, which alpha alone cannot tell apart."
+        "One that rises may say that attention is used, or may be drift: alpha alone cannot tell, "
+        "the gain of attention in the verdict can."
     )
     if left_out:
         caption += f" {left_out} more layers are not shown."

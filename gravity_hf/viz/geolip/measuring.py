@@ -37,7 +37,7 @@ class GeolipSeen:
 
     Attributes:
         before, after: spectra `[T, D]`, as the lens gives them and after all spectral layers.
-        first: how many of these tokens belong to the first sample.
+        first: how many of these tokens belong to the first sample that has any.
         alphas: `[L, D]`, no rows without spectral layers.
         start, highest: alpha before training, and its bound.
         deviations, random_deviations: radians `[T]`, of the frames, and of as many random ones.
@@ -100,7 +100,7 @@ def look(
     config = model.config
     alphas = model.alphas().detach().float().cpu() if config.use_spectral else torch.zeros(0, 1)
     return GeolipSeen(
-        first=int(rows[0]["first"]),
+        first=int(torch.cat([row["first"] for row in rows])[0]),
         alphas=alphas,
         start=config.max_alpha * float(torch.sigmoid(torch.tensor(config.alpha_init))),
         highest=config.max_alpha,
@@ -131,7 +131,7 @@ def _look_at(
         "deviations": _deviations(_tokens(output.frame, valid), model),
         "targets": _tokens(model.normalize_features(patches), valid).float(),
         "outputs": _tokens(model.normalize_features(output.reconstruction), valid).float(),
-        "first": valid[0].sum(),
+        "first": valid.sum(-1)[valid.any(-1)][:1],
     }
     if pixels is None:
         return seen, None

@@ -46,7 +46,7 @@ def _pictures(seen: GeolipSeen, pictures: Pictures) -> Drawing:
         return figure
 
     caption = (
-        f"Held-out images, not chosen: the first {count}. Cosine of the patches, mean "
+        f"The first {count} images, not chosen. Cosine of all patches, mean "
         f"{float(seen.cosines.mean()):.4f}, lowest {float(seen.cosines.min()):.4f}."
     )
     if pictures.given is not None:
@@ -83,7 +83,7 @@ def _features(seen: GeolipSeen) -> Drawing:
 
     shown = min(seen.targets.shape[1], _MOST_FEATURES)
     caption = (
-        f"{len(cosines):,} held-out tokens: cosine of reconstruction and original, mean "
+        f"{len(cosines):,} tokens: cosine of reconstruction and original, mean "
         f"{float(cosines.mean()):.4f}. Beside it the first {shown} of "
         f"{seen.targets.shape[1]} features of the tokens with the lowest, the median and the "
         "highest cosine, normalised as in the loss."
@@ -105,6 +105,7 @@ def _cloud(axis: Axes, seen: GeolipSeen, theme: Theme) -> None:
     mean = float(seen.cosines.mean())
     axis.axhline(mean, color=theme.ink, linestyle="--", linewidth=1.0)
     place = {"xy": (1.0, mean), "xycoords": ("axes fraction", "data"), "fontsize": 9}
+    place |= {"xytext": (0, 3), "textcoords": "offset points"}
     box = {"facecolor": theme.paper, "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
     axis.annotate(f"mean {mean:.3f}", ha="right", va="bottom", bbox=box, zorder=4, **place)
     axis.set_xlabel("length of the token's features, normalised")

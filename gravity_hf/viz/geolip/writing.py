@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..drawing import Drawing
-from ..export import _drawn_and_written, _fillable
-from ..style import require_matplotlib, themes_of
+from ..export import write_drawings
+from ..style import require_matplotlib
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,10 +54,7 @@ def write_geolip_figures(
     """
     from .measuring import look
 
-    require_matplotlib()
-    themes, folder = themes_of(theme), _fillable(target)
-    drawings = drawings_of(look(model, batches, history))
-    return _drawn_and_written(folder, themes, drawings, None, "")
+    return write_drawings(lambda: drawings_of(look(model, batches, history)), target, theme=theme)
 
 
 def write_geolip_folder_figures(

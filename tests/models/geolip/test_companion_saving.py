@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel, T5Config, T5EncoderModel
 
 from gravity_hf import GeolipCompanion, GeolipCompanionConfig
 
@@ -39,6 +39,17 @@ def saved(named_host: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     writing = {"write": "residual", "read_layer": INNER, "gate": 1.0}
     companion_of(AutoModel.from_pretrained(named_host), **writing).save_pretrained(folder)
     return folder
+
+
+def test_encoder_that_was_saved_by_itself_is_found_again(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=40, **sizes)).save_pretrained(tmp_path / "host")
+    host = T5EncoderModel.from_pretrained(tmp_path / "host")
+    companion = companion_of(host, read_layer=INNER)
+    companion.save_pretrained(tmp_path / "companion")
+    loaded = GeolipCompanion.from_pretrained(tmp_path / "companion").eval()
+    inputs = inputs_of("bert")
+    assert torch.equal(companion(**inputs).omega, loaded(**inputs).omega)
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 from gravity_hf import GeolipCompanion, GeolipConfig
 from gravity_hf.models.geolip.features import feature_statistics
@@ -55,6 +56,21 @@ def test_trainer_lowers_the_reconstruction_loss(trained: Any) -> None:
     after = trainer.evaluate()["eval_loss"]
     with torch.no_grad():
         assert after < float(before(**_stacked(ROWS)).loss)
+
+
+def test_labels_that_are_named_reach_the_host(tmp_path: Path) -> None:
+    head = BertForSequenceClassification(host_named("bert").config)
+    companion = companion_of(head, write="residual", read_layer=INNER)
+    rows = [{**row, "labels": torch.tensor(1)} for row in ROWS]
+    rows = [{name: value.tolist() for name, value in row.items()} for row in rows]
+    options = {"label_names": ["labels"], "report_to": "none", "use_cpu": True}
+    arguments = TrainingArguments(str(tmp_path), **options)
+    trainer = Trainer(companion, arguments, eval_dataset=Dataset.from_list(rows))
+    output = trainer.predict(trainer.eval_dataset)
+    assert output.label_ids.tolist() == [1] * len(rows)
+    with torch.no_grad():
+        alone = companion(**_stacked(ROWS)).loss
+    assert output.metrics["test_loss"] > alone + 0.1
 
 
 def test_host_stays_as_it_is(trained: Any) -> None:

@@ -61,6 +61,7 @@ def test_alpha_starts_at_its_published_value() -> None:
         ({"base_dim": 1}, "base_dim: expected an integer >= 2, got 1"),
         ({"max_alpha": 1.0}, r"max_alpha: expected a number in \(0, 1\), got 1.0"),
         ({"max_alpha": 0.0}, "max_alpha"),
+        ({"alpha_init": -1000.0}, r"alpha_init: expected a number in \[-80, 80\]"),
         ({"lens_mode": "orthogonal"}, r"one of \['fixed', 'learned'\], got 'orthogonal'"),
         ({"spectral_attention": "cosine"}, "spectral_attention: expected one of"),
         ({"gravity_strength": 2.0}, "3.5, the default, beside spectral_attention='dot_product'"),

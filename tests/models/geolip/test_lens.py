@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModel
 
 from gravity_hf.models.geolip import GeolipConfig, GeolipModel
 from gravity_hf.models.geolip.frames import (
@@ -12,7 +15,13 @@ from gravity_hf.models.geolip.frames import (
     simplex_volume_spread,
     spectrum,
 )
-from gravity_hf.models.geolip.lens import Lens, lens_error, orthonormal, seeded_lens
+from gravity_hf.models.geolip.lens import (
+    Lens,
+    check_isometry,
+    lens_error,
+    orthonormal,
+    seeded_lens,
+)
 
 from .geolip_cases import SMALL, tiny, tokens, train
 
@@ -65,6 +74,28 @@ def test_a_lens_that_learned_a_lot_is_still_an_isometry() -> None:
     assert lens_error(lens.matrix()) < 1e-6
     lens(torch.randn(2, 8, 4)).square()[..., 0].sum().backward()
     assert lens.basis.grad.isfinite().all() and lens.basis.grad.abs().max() > 0
+
+
+def test_weights_that_are_no_lens_are_not_loaded(tmp_path: Path) -> None:
+    """What a learned lens stores is one by its orthonormal factor only."""
+    model = train(tiny(lens_mode="learned"), 3)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lens.basis: expected E with.*keep its lens_mode"):
+        AutoModel.from_pretrained(tmp_path, lens_mode="fixed")
+    fixed = tiny()
+    fixed.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, lens_mode="learned")
+    torch.testing.assert_close(loaded.lens.matrix(), fixed.lens.matrix())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_lens_that_was_rounded_is_one_still(dtype: torch.dtype) -> None:
+    lens = Lens(GeolipConfig())
+    lens.basis = lens.basis.to(dtype).float()
+    check_isometry(lens)
+    lens.basis[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"got nan"):
+        check_isometry(lens)
 
 
 def test_lens_is_drawn_by_its_seed_wherever_it_is_made() -> None:

@@ -36,7 +36,7 @@ def test_folder_comes_back_in_either_class(name: str, tmp_path: Path) -> None:
     model = tiny(**SAVED[name])
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            tensor.add_(0.1 * torch.rand_like(tensor))
+            tensor.add_(0.001 * torch.rand_like(tensor))
     model.save_pretrained(tmp_path)
     again = AutoModelForPreTraining.from_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
@@ -50,13 +50,19 @@ def test_folder_comes_back_in_either_class(name: str, tmp_path: Path) -> None:
         assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
 
 
-def test_a_folder_without_lens_and_codebook_gets_the_seeds() -> None:
-    """As where a checkpoint of another kind lacks them."""
-    model = tiny(lens_seed=5)
-    state = {k: x for k, x in model.state_dict().items() if k not in ("lens.basis", "codebook")}
-    loaded = GeolipModel.from_pretrained(None, config=model.config, state_dict=state)
-    assert torch.equal(loaded.lens.basis, model.lens.basis)
-    assert torch.equal(loaded.codebook, model.codebook)
+def test_what_a_folder_lacks_starts_as_in_a_new_model() -> None:
+    """As where a checkpoint of another kind has other spectral layers, and no lens."""
+    model = tiny(lens_seed=5, spectral_attention="gravity")
+    lacking = (".basis", "codebook", "alpha_logits", "gamma", "softening_log", "feature_std")
+    state = {k: x for k, x in model.state_dict().items() if not k.endswith(lacking)}
+    loaded = GeolipModel.from_pretrained(None, config=model.config, state_dict=state).state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded[key], value), key
+
+
+def test_rows_start_by_an_orthogonal_map() -> None:
+    weight = tiny().encoder.proj_out.weight
+    torch.testing.assert_close(weight.T @ weight, torch.eye(16), atol=1e-5, rtol=0)
 
 
 def test_only_reconstruction_has_a_loss_of_its_own() -> None:
@@ -79,6 +85,19 @@ def test_losses_are_means_over_valid_tokens(kind: str) -> None:
     expected = {"mse": mse, "cosine": 1 - cosine, "cosine_mse": mse + 1 - cosine}[kind]
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(output.recon_cosine, cosine)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine_mse"])
+def test_labels_of_padding_reach_no_gradient(kind: str) -> None:
+    model, mask = tiny(reconstruction_loss=kind, stem_detach=True), mask_of(5, 2, 3)
+    found = []
+    for value in (0.0, torch.nan):
+        labels = tokens(seed=1).masked_fill((mask == 0).unsqueeze(-1), value)
+        model.zero_grad()
+        loss = model(tokens(), attention_mask=mask, labels=labels).loss
+        loss.backward()
+        found.append([loss.detach(), *(weight.grad for weight in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_losses_are_those_of_normalised_features() -> None:
@@ -234,6 +253,12 @@ def test_inputs_that_do_not_fit_are_refused(inputs: dict[str, Any], message: str
     model = tiny(num_channels=1)
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+def test_one_column_is_not_taken_for_all() -> None:
+    for read in (GeolipModel.encode, GeolipModel.restore_features):
+        with pytest.raises(ValueError, match=r"features: expected \[..., 12\].*got \(3, 5, 1\)"):
+            read(tiny(), tokens(width=1))
 
 
 def test_shapes_are_as_documented() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from gravity_hf.models.geolip import GeolipModel
+from gravity_hf.models.geolip.address import address_of
 from gravity_hf.models.geolip.frames import frame_deviation
 from gravity_hf.models.geolip.lens import lens_error
 
@@ -67,6 +68,15 @@ def test_autocast_keeps_the_isometry() -> None:
         output = model(x)
     assert output.omega_attended.dtype == torch.float32
     torch.testing.assert_close(output.loss, known.loss, atol=0.02, rtol=0)
+
+
+def test_autocast_changes_no_address() -> None:
+    model = tiny()
+    frame = model.encode(tokens())
+    known = address_of(frame, model.codebook, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = address_of(frame, model.codebook, 0.1)
+    assert torch.equal(found.code, known.code) and torch.equal(found.margin, known.margin)
 
 
 def test_float64_is_float64_throughout() -> None:

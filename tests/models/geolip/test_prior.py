@@ -190,3 +190,9 @@ def test_samples_that_cannot_be_are_refused(prior: GeolipPrior, how: dict[str, i
 def test_a_seed_beside_a_generator_is_refused(prior: GeolipPrior) -> None:
     with pytest.raises(ValueError, match="got both"):
         prior.sample(1, seed=0, generator=torch.Generator())
+
+
+def test_places_of_a_new_prior_are_as_large_as_what_it_makes_of_codes() -> None:
+    prior = GeolipPrior(prior_config(hidden_size=64))
+    codes = prior.proj_in(torch.randn(50, V * D)) - prior.proj_in.bias
+    assert 0.5 < prior.places.weight.std() / codes.std() < 2
