@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_prior import GeolipPriorConfig
+from .losses import masked_mean
 from .prior_decoding import check_decoder, decoder_digest, name_of
 from .prior_pretrained import FrameScale, GeolipPriorPreTrainedModel
 from .prior_times import TIME_WAVES, draw_times, time_waves
@@ -120,7 +121,7 @@ class GeolipPrior(GeolipPriorPreTrainedModel):
         loss = None
         if return_loss:
             error = (velocity - (target - noise)).square().mean(dim=(-2, -1))
-            loss = _masked_mean(error, attention_mask)
+            loss = masked_mean(error, None if attention_mask is None else attention_mask != 0)
         prediction = self.restore_frames(noisy + (1 - at) * velocity)
         return GeolipPriorOutput(loss=loss, prediction=prediction)
 
@@ -230,14 +231,6 @@ def _padding(mask: Tensor | None) -> Tensor | None:
         return None
     hidden = mask == 0
     return hidden & ~hidden.all(-1, keepdim=True)
-
-
-def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of `[B, N]` over valid tokens; 0 where there is none."""
-    if mask is None:
-        return values.mean()
-    valid = (mask != 0).to(values)
-    return (values * valid).sum() / valid.sum().clamp(min=1)
 
 
 def _check_sampling(count: int, steps: int, batch_size: int, tokens: int, places: int) -> None:
