@@ -173,7 +173,7 @@ def test_status_says_that_a_twin_has_no_gravity(tmp_path: Path) -> None:
     status = gravity_status(twin)
     assert not status.is_gravity and status.parameters == 0 and len(status.skipped) == 2
     assert "no gravity" in str(status) and "dot-product twin of an NGT" in str(status)
-    for use, kind in ((patch_with_gravity, "twin of an NGT"), (gravity_lora, "dot-product twin")):
+    for use, kind in ((patch_with_gravity, "twin of an NGT"), (gravity_lora, "takes dot products")):
         with pytest.raises(TypeError, match=kind):
             use(twin)
     twin.save_pretrained(tmp_path)
