@@ -23,7 +23,7 @@ from .card_geolip_law import constants, law_text, limits
 from .card_geolip_text import SOFTWARE, UNKNOWN, class_of, layer_table, tags
 from .card_geolip_text import shape as shape_of_geolip
 from .card_geolip_training import recipe
-from .card_geolip_verdict import measured
+from .card_geolip_verdict import eval_results, measured
 from .card_own import CONFIG, complete_own, results_of_own
 from .card_public import is_hub_name, is_local, last_name, public
 from .card_text import command, conditions
@@ -92,13 +92,16 @@ def parts(facts: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def metadata(facts: dict[str, Any], name: str) -> ModelCardData:
-    """Tags, and the host where others can find it."""
+    """Tags, the host where others can find it, and what was measured of the geolip."""
     host = facts["companion"].host_name_or_path if facts.get("host_on_hub") else None
+    results = eval_results(facts)
     return ModelCardData(
         base_model=host,
         library_name="gravity_hf",
         pipeline_tag="feature-extraction",
         tags=tags(facts["settings"], MODEL_TYPE),
+        model_name=name if results else None,
+        eval_results=results or None,
     )
 
 

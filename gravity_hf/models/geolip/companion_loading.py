@@ -21,6 +21,7 @@ from .companion_hosts import (
 )
 from .configuration_companion import GeolipCompanionConfig
 from .configuration_geolip import GeolipConfig
+from .places import lasting_name
 
 # Of what `from_pretrained` is given, what finds a repository or folder, and what is of the host as
 # well.
@@ -50,7 +51,7 @@ def config_beside(
     ids = special_token_ids if tokenizer is None else special_ids_of(tokenizer)
     return GeolipCompanionConfig(
         geolip=settings,
-        host_name_or_path=host.name_or_path or None,
+        host_name_or_path=lasting_name(host.name_or_path),
         host_model_type=host.config.model_type,
         host_config=host.config.to_dict() if train_host else None,
         causal=causal,

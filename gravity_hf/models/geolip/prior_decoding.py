@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .places import lasting_name
+
 if TYPE_CHECKING:
     from .configuration_prior import GeolipPriorConfig
     from .modeling_prior import GeolipPrior
@@ -43,7 +45,7 @@ def decoder_digest(geolip: Any) -> str:
 
 def name_of(geolip: Any) -> str | None:
     """The folder or repository that a geolip was loaded from; None for one made here."""
-    return getattr(geolip, "name_or_path", None) or None
+    return lasting_name(getattr(geolip, "name_or_path", None))
 
 
 def check_decoder(config: GeolipPriorConfig, geolip: Any) -> None:

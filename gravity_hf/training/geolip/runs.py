@@ -18,6 +18,7 @@ from ...models.geolip.configuration_companion import GeolipCompanionConfig
 from ...models.geolip.configuration_geolip import GeolipConfig
 from ...models.geolip.feature_statistics import feature_statistics
 from ...models.geolip.image_processing_geolip import GeolipImageProcessor
+from ...models.geolip.places import lasting_name
 from .feature_data import split_windows, stored_features, weights_digest, windows_of
 from .folder import claimed, require_same_data
 from .image_data import load_images
@@ -84,7 +85,7 @@ def train_features(
             )
         rows, held_out = split_windows(windows, settings.held_out, settings.seed)
         described = {
-            "name_or_path": name or None,
+            "name_or_path": lasting_name(name),
             "model_type": host.config.model_type,
             "digest": key["host"],
             "layer": settings.layer,

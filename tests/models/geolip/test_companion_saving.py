@@ -52,6 +52,15 @@ def test_encoder_that_was_saved_by_itself_is_found_again(tmp_path: Path) -> None
     assert torch.equal(companion(**inputs).omega, loaded(**inputs).omega)
 
 
+def test_host_of_a_folder_is_found_from_any_other(
+    named_host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(named_host.parent)
+    companion_of(AutoModel.from_pretrained(named_host.name)).save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert GeolipCompanion.from_pretrained(tmp_path).host is not None
+
+
 @pytest.mark.parametrize("name", HOSTS)
 def test_saved_companion_computes_the_same(name: str, tmp_path: Path) -> None:
     companion = companion_of(name, write="residual", read_layer=INNER, gate=1.0)
