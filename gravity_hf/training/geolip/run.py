@@ -1,4 +1,4 @@
-"""Trainings by the names and arguments of the prototype's trainers.
+"""Trainings by the names and arguments of the published prototype's trainers.
 
 model, report = run("bert-base-uncased", "wikitext", n_sentences=512, D_lens=64, epochs=200)
 model, report = run_image(D_lens=16, epochs=8, denoise=2.0)
@@ -34,7 +34,7 @@ def run(
     seed: int = 0,
     out_dir: str | Path | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A geolip of a host's features, by the arguments of the prototype's trainer.
+    """A geolip of a host's features, by the arguments of the published prototype's trainer.
 
     Args:
         model_name: of the host, or of none where `host` and `tokenizer` are given.
@@ -78,7 +78,7 @@ def run_image(
     seed: int = 0,
     out_dir: str | Path | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A geolip of images, by the arguments of the prototype's trainer.
+    """A geolip of images, by the arguments of the published prototype's trainer.
 
     Args:
         D_lens: dimensions of the lens.
