@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..layers.modes import in_evaluation
 from ..layers.parameters import GravityParameters
 from .observers import Observer
 from .placement import execution_device
@@ -113,14 +114,11 @@ def _observing(
     modules: Mapping[str, GravityParameters],
     observers: Mapping[str, Observer],
 ) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     for name, gravity in modules.items():
         gravity.observer = observers[name]
     try:
-        yield
+        with in_evaluation(model):
+            yield
     finally:
         for gravity in modules.values():
             gravity.observer = None
-        for module, mode in training.items():
-            module.training = mode

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.modes import in_evaluation
 from .growth import (
     GROWTH_STEPS,
     STABILITY_THRESHOLD,
@@ -90,7 +90,7 @@ class LGTVictorOSModule(VictorOSBaseModule):
             (None where not asked for) and `stability`.
         """
         inputs = self._inputs(x)
-        with _evaluating(self.model), torch.no_grad():
+        with in_evaluation(self.model), torch.no_grad():
             if return_diagnostics:
                 with self.mirror_layer.watch(self.model):
                     result = self.model(**inputs)
@@ -115,7 +115,7 @@ class LGTVictorOSModule(VictorOSBaseModule):
     def get_snapshot(self, x: Tensor | Mapping[str, Any]) -> dict[str, Any]:
         """`timestamp`, `model_config` and `attention_metrics`, the diagnostics of a forward."""
         inputs = self._inputs(x)
-        with _evaluating(self.model), torch.no_grad(), self.mirror_layer.watch(self.model):
+        with in_evaluation(self.model), torch.no_grad(), self.mirror_layer.watch(self.model):
             self.model(**inputs)
         metrics = self.mirror_layer.report().diagnostics()
         config = self._config()
@@ -171,17 +171,6 @@ class LGTVictorOSModule(VictorOSBaseModule):
         if name == "input_ids" and x.is_floating_point():
             name = "inputs_embeds"
         return {name: x.to(device)}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _main_output(result: Any) -> Tensor:

@@ -10,17 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.modes import in_evaluation
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients; the mode comes back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with in_evaluation(model), torch.no_grad():
+        yield
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Tensor]) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..integration.attention import AttentionCall
+from ..layers.modes import in_evaluation
 from ..layers.parameters import GravityParameters
 from .transfer_batches import (
     Inputs,
@@ -124,10 +125,10 @@ def transfer_losses(
     arguments = forward_arguments(model, inputs, settings)
     if settings.mode == "layerwise":
         refuse_adapters(model)
-        with _evaluating(model), _watching(model, _Both, settings) as watchers:
+        with in_evaluation(model), _watching(model, _Both, settings) as watchers:
             gather = partial(_gather, model, inputs, settings, watchers, watchers, None)
             return _run(run, model, arguments, gather)
-    with _evaluating(model), without_adapters(model), torch.no_grad():
+    with in_evaluation(model), without_adapters(model), torch.no_grad():
         with _watching(model, _Teacher, settings) as teachers:
             taught = run(**arguments)
         taught = end_tensors(taught, settings)
@@ -317,14 +318,3 @@ def _watching(
         for found in copies.values():
             for module in found:
                 module.observer = None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -3,8 +3,6 @@ tokens are no content."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -178,18 +176,6 @@ def prefix_tokens_of(host: PreTrainedModel) -> int:
         if name.rpartition(".")[2] in _PREFIX_PARAMETERS and parameter.dim() == 3
     }
     return sum(found.values())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _text_part(config: PreTrainedConfig) -> Any:

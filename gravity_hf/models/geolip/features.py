@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
+from ...layers.modes import in_evaluation
 from .companion_hosts import (
     encoder_of,
-    evaluating,
     has_head,
     layer_index,
     layers_of,
@@ -133,7 +133,7 @@ def _windows(
 
 def _run(host: PreTrainedModel, layer: int, batch: list[_Item]) -> list[Tensor]:
     """Features of each input of a batch."""
-    with torch.no_grad(), evaluating(host):
+    with torch.no_grad(), in_evaluation(host):
         if reads_images(host):
             pixels = torch.stack([item.inputs for item in batch])
             hidden = hidden_states(host, layer, {"pixel_values": pixels.to(host.device)})

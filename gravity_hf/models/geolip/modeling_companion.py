@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ...layers.modes import in_evaluation
 from .companion_call import (
     GeolipCompanionOutput,
     content_mask,
@@ -18,7 +19,7 @@ from .companion_call import (
     run_reading,
     run_writing,
 )
-from .companion_hosts import evaluating, layer_index, layers_of
+from .companion_hosts import layer_index, layers_of
 from .companion_loading import (
     check_before_loading,
     checked_host,
@@ -244,7 +245,7 @@ class GeolipCompanion(PreTrainedModel):
         which of the tokens are content, bool `[B, T]`."""
         host = self._attached()
         taken = host_inputs(host, inputs)
-        with evaluating(host):
+        with in_evaluation(host):
             layer = layer_index(host.config, self.config.read_layer)
             _, hidden = run_reading(host, layer, taken)
         return hidden.float(), content_mask(self.config, hidden, taken)

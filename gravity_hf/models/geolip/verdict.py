@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...layers.modes import in_evaluation
 from .configuration_geolip import GeolipConfig
 from .context_swap import PatchBatch, patch_batches, with_neighbours
 from .lens import lens_error
@@ -103,18 +104,13 @@ def compute_verdict(
     Raises:
         ValueError: no valid token, a single sample, or numbers that are not finite.
     """
-    modes = {module: module.training for module in model.modules()}
     totals = VerdictTotals(model.config)
     attends = len(model.spectral.layers) > 0
     stream = patch_batches(model, batches, torch.device(device or model.device))
     stream = with_neighbours(stream) if attends else stream
-    model.eval()
-    try:
+    with in_evaluation(model):
         for batch in tqdm(stream, desc="verdict", unit="batch", disable=None if progress else True):
             _measure(model, batch, totals, attends)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return _verdict(model, totals, steps, seed)
 
 

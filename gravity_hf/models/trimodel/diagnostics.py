@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -125,15 +123,3 @@ def snapshot_of(model: Any, name: str, metrics: dict[str, Any]) -> dict[str, Any
         "num_layers": config.num_hidden_layers,
     }
     return {"timestamp": time.time(), "model_config": settings, "attention_metrics": metrics}
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -14,9 +14,10 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ...layers.fusion import STREAMS, CrossGravitationalFusion
+from ...layers.modes import in_evaluation
 from ..checkpointing import refuse_reentrant
 from .configuration_trimodel import TriModelConfig
-from .diagnostics import StreamWatch, in_evaluation, snapshot_of, statistics
+from .diagnostics import StreamWatch, snapshot_of, statistics
 
 _IGNORED = -100
 
