@@ -178,6 +178,10 @@ def weights_again(
     exponent = shown - lse
     if EXACT:
         exponent += rest
+    if REPULSIVE:
+        # Where a query sees near keys alone, a pair that these kernels tell apart and the forward
+        # pass did not has a score thousands above all that it summed.
+        exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
     weight = power_of_two(exponent, NATIVE)
     if MASKED:
         weight = tl.where(seen, weight, 0.0)

@@ -98,7 +98,7 @@ def attend_queries(
             if not LIFTED:
                 term = scaled_sum(k_sq[:, None], 1.0 / unit, term, BLOCK_N, BLOCK_M)
             q = load_vectors(q_desc, batch, head, first, SHARED, BLOCK_M, BLOCK_D)
-            inner = inner_product(k, q, zeros, PRECISION, NATIVE)
+            inner = inner_product(k, q, zeros, PRECISION, NATIVE, True)
         grad_out = grad_desc.load([batch, head, first, 0]).reshape(BLOCK_M, BLOCK_V)
         grad_weight = product(v, grad_out.T, zeros, PRECISION, NATIVE)
         a = 1.0

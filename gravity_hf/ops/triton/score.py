@@ -128,17 +128,28 @@ def thirds(x):
 
 
 @triton.jit
-def inner_product(x, y, acc, PRECISION: tl.constexpr, NATIVE: tl.constexpr):
+def inner_product(
+    x, y, acc, PRECISION: tl.constexpr, NATIVE: tl.constexpr, TURNED: tl.constexpr = False
+):
     """`acc + x y^T` of two tiles of vectors. "bf16x6": float32 in six products of thirds, which
-    leave out what is below float32's last bit, on tensor cores that read half precision."""
+    leave out what is below float32's last bit, on tensor cores that read half precision. `TURNED`
+    adds them up as `inner_product(y, x)` does: a pair has the same bits in both."""
     if PRECISION == "bf16x6" and NATIVE:
         x_high, x_middle, x_low = thirds(x)
         y_high, y_middle, y_low = thirds(y)
-        acc = tl.dot(x_low, y_high.T, acc)
-        acc = tl.dot(x_high, y_low.T, acc)
+        if TURNED:
+            acc = tl.dot(x_high, y_low.T, acc)
+            acc = tl.dot(x_low, y_high.T, acc)
+        else:
+            acc = tl.dot(x_low, y_high.T, acc)
+            acc = tl.dot(x_high, y_low.T, acc)
         acc = tl.dot(x_middle, y_middle.T, acc)
-        acc = tl.dot(x_middle, y_high.T, acc)
-        acc = tl.dot(x_high, y_middle.T, acc)
+        if TURNED:
+            acc = tl.dot(x_high, y_middle.T, acc)
+            acc = tl.dot(x_middle, y_high.T, acc)
+        else:
+            acc = tl.dot(x_middle, y_high.T, acc)
+            acc = tl.dot(x_high, y_middle.T, acc)
         return tl.dot(x_high, y_high.T, acc)
     else:
         return product(x, y.T, acc, PRECISION, NATIVE)
