@@ -106,8 +106,8 @@ def prepare(problem: Problem) -> Callable[[Job], Callable[[], Any]]:
     """What a job times."""
     padded = -(-problem.queries // 4) * 4
     saved = torch.empty(3, problem.batch, problem.heads, padded, device="cuda")
-    out = forward(problem, saved)
-    inputs = gather_inputs(problem, out, saved, torch.randn_like(out))
+    out, norms = forward(problem, saved)
+    inputs = gather_inputs(problem, out, saved, torch.randn_like(out), norms)
 
     def call(job: Job) -> Callable[[], Any]:
         if job.kernel == "forward":

@@ -49,11 +49,12 @@ def backward(
     saved: Tensor,
     grad: Tensor,
     sums: int,
+    norms: Tensor | None = None,
 ) -> Gradients:
     """Gradients of q, k, v, key_term and sink (`sums` 0), of all but eps and key_radius_sq (1), or
-    of everything (2). `saved`: see `forward.forward`.
+    of everything (2). `saved`, and `norms` where they are still there: see `forward.forward`.
     """
-    inputs = gather_inputs(problem, out, saved, grad)
+    inputs = gather_inputs(problem, out, saved, grad, norms)
     grad_q, row_sums, grad_sink = query_gradients(problem, inputs, sums)
     grad_k, grad_v, grad_key_term = key_gradients(problem, inputs)
     grad_table = (

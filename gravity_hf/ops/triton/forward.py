@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import Problem, aligned, block_of, tiles, vectors
+from .launch import Launch, remembered
+from .problem import Form, Problem, aligned, block_of, tiles, vectors
 from .reach import reach_arguments
 from .score import (
     EXCLUDED,
@@ -36,7 +37,6 @@ from .score import (
     told_apart,
     unit_of,
 )
-from .tiles import forward_tiles
 from .vectors import load_vectors, vectors_row
 from .visible import key_span, load_mask, load_ranges, visible_pairs
 
@@ -355,85 +355,103 @@ def forward_kernel(
 # fmt: on
 
 
-def squared_norms(k: Tensor) -> Tensor:
+def squared_norms(k: Tensor, form: Form) -> Tensor:
     """`|k_j|^2` `[B * N, Tk]` in float32, read once; no float32 copy of the keys is made. Rows are
-    padded to 16 bytes, for the copy engine."""
-    batch, kv_heads, keys, width = k.shape
+    padded to 16 bytes, for the copy engine. `form`: that of the call, which k is `aligned` for."""
+    batch, kv_heads, keys, _ = k.shape
     padded = -(-keys // 4) * 4
     norms = torch.empty(batch * kv_heads, padded, dtype=torch.float32, device=k.device)
+    key = ("norms", k.shape, k.stride())
+    remembered(form.launches, key, lambda: _norms_launch(k, padded))(k=k, norms=norms)
+    return norms[:, :keys]
+
+
+def _norms_launch(k: Tensor, padded: int) -> Launch:
+    batch, kv_heads, keys, width = k.shape
     block_d = block_of(width)
     block = 64 if block_d <= 128 else 32
-    # The first direction of a grid is the one without a limit.
-    squared_norms_kernel[(batch * kv_heads, triton.cdiv(keys, block))](
-        k,
-        norms,
-        padded,
-        keys,
-        *k.stride()[:3],
-        kv_heads,
-        width,
+    return Launch(
+        squared_norms_kernel,
+        # The first direction of a grid is the one without a limit.
+        (batch * kv_heads, triton.cdiv(keys, block)),
+        padded=padded,
+        keys=keys,
+        stride_b=k.stride(0),
+        stride_h=k.stride(1),
+        stride_row=k.stride(2),
+        kv_heads=kv_heads,
+        width=width,
         BLOCK=block,
         BLOCK_D=block_d,
         num_warps=4,
     )
-    return norms[:, :keys]
 
 
-def forward(problem: Problem, saved: Tensor | None, sizes: dict | None = None) -> Tensor:
-    """Output `[B, H, Tq, Dv]`, laid out `[B, Tq, H, Dv]` in memory, as models go on with it.
+def forward(
+    problem: Problem, saved: Tensor | None, sizes: dict | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Output `[B, H, Tq, Dv]`, laid out `[B, Tq, H, Dv]` in memory, as models go on with it; and
+    the `squared_norms` of the keys where they were needed.
 
     Fills `saved` `[SAVED or SAVED + 1, B, H, T']` where given, `T'` being `Tq` rounded up to 4,
     with what the backward needs to compute the same weights again: the base-2 logarithm of each
     row's sum of weights, what float32 lost of it, `|q_i|^2`, and with dropout the row's bits.
     """
+    form = problem.form
     v = aligned(problem.v)
-    out = torch.empty_strided(*problem.layout(), dtype=v.dtype, device=v.device)
-    block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    flags = problem.flags()
-    sizes = sizes or forward_tiles(problem.widths, problem.plain, v.device)
+    out = torch.empty_strided(*form.layout, dtype=v.dtype, device=v.device)
+    sizes = sizes or form.tiles["forward"]
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
-    v_tiles = tiles(v, columns, block_v)
+    v_tiles = tiles(v, columns, form.widths.width_v)
     key_sq, key_sq_max = v_tiles, problem.strength
+    norms = None
     if problem.table is not None:
         q_tiles = k_tiles = v_tiles
     else:
         q, k = problem.queries_and_keys()
-        q_tiles = tiles(q, rows, block_d)
-        k_tiles = tiles(k, columns, block_d)
+        q_tiles = tiles(q, rows, form.widths.width_k)
+        k_tiles = tiles(k, columns, form.widths.width_k)
         if problem.key_radius_sq is None:
-            norms = squared_norms(k)
+            norms = squared_norms(k, form)
             key_sq = vectors(norms, columns)
-            if problem.boundable and problem.law == "power":
+            if form.boundable and problem.law == "power":
                 key_sq_max = norms.amax(-1)
-    visibility = problem.visibility()
-    visibility["seed_at"] = visibility.pop("seed")
-    grid = (triton.cdiv(problem.queries, rows) * problem.batch * problem.heads,)
-    forward_kernel[grid](
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        out,
-        problem.strength if saved is None else saved,
+    order, counts, reach = reach_arguments(problem, rows, columns)
+    key = ("forward", saved is not None, *sizes.values(), *reach.values())
+    remembered(form.launches, key, lambda: _launch(problem, out, saved, {**sizes, **reach}))(
+        q_desc=q_tiles,
+        k_desc=k_tiles,
+        v_desc=v_tiles,
+        out=out,
+        saved=problem.strength if saved is None else saved,
         key_sq=key_sq,
         key_sq_max=key_sq_max,
-        **{**problem.terms(), **problem.key_terms(columns)},
-        **problem.sink_terms(),
-        **visibility,
-        **problem.sizes(),
-        **flags,
-        **sizes,
+        seed_at=problem.strength if problem.seed is None else problem.seed,
+        order=order,
+        counts=counts,
+        **problem.tensors_by_row(columns),
+    )
+    return out, norms
+
+
+def _launch(problem: Problem, out: Tensor, saved: Tensor | None, more: dict) -> Launch:
+    form = problem.form
+    blocks = triton.cdiv(problem.queries, more["BLOCK_M"])
+    return Launch(
+        forward_kernel,
+        (blocks * problem.batch * problem.heads,),
         out_b=out.stride(0),
         out_h=out.stride(1),
         out_row=out.stride(2),
-        batches=problem.batch,
         value_width=problem.width_v,
         padded=0 if saved is None else saved.shape[3],
         saved_plane=0 if saved is None else saved.stride(0),
         heads_together=problem.heads_together(),
-        **reach_arguments(problem, rows, columns),
-        BOUNDABLE=problem.boundable,
+        BOUNDABLE=form.boundable,
+        HAS_SINK=problem.sink is not None,
         SAVE=saved is not None,
-        BLOCK_D=block_d,
-        BLOCK_V=block_v,
+        BLOCK_D=form.widths.width_k,
+        BLOCK_V=form.widths.width_v,
+        **form.numbers,
+        **more,
     )
-    return out

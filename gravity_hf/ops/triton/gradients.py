@@ -15,11 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .forward import squared_norms
-from .problem import (
-    Problem,
-    aligned,
-    block_of,
-)
+from .launch import Launch, remembered
+from .problem import Problem, aligned
 from .score import (
     LN2,
     LOG2E,
@@ -206,37 +203,48 @@ class Inputs(NamedTuple):
     norms: Tensor | None
 
 
-def gather_inputs(problem: Problem, out: Tensor, saved: Tensor, grad: Tensor) -> Inputs:
-    """`saved`: see `forward.forward`."""
-    q = k = norms = None
+def gather_inputs(
+    problem: Problem, out: Tensor, saved: Tensor, grad: Tensor, norms: Tensor | None = None
+) -> Inputs:
+    """`saved`, and `norms` where they are still there: see `forward.forward`."""
+    q = k = None
     if problem.q is not None:
         q, k = problem.queries_and_keys()
-        if problem.key_radius_sq is None:
-            norms = squared_norms(k)
+        if problem.key_radius_sq is not None:
+            norms = None
+        elif norms is None:
+            norms = squared_norms(k, problem.form)
     grad = aligned(grad)
     delta = torch.empty(saved.shape[1:], dtype=torch.float32, device=saved.device)
-    padded, block_v = saved.shape[3], block_of(problem.width_v)
+    launches, key = problem.form.launches, ("delta", out.stride(), grad.stride())
+    launch = remembered(launches, key, lambda: _delta_launch(problem, out, saved, grad))
+    launch(out=out, grad=grad, delta=delta)
+    return Inputs(q, k, aligned(problem.v), grad, saved, delta, norms)
+
+
+def _delta_launch(problem: Problem, out: Tensor, saved: Tensor, grad: Tensor) -> Launch:
+    padded, block_v = saved.shape[3], problem.form.widths.width_v
     block = 64 if block_v <= 128 else 32
-    delta_kernel[(problem.batch * problem.heads, triton.cdiv(padded, block))](
-        out,
-        grad,
-        delta,
-        *out.stride()[:3],
-        *grad.stride()[:3],
-        problem.heads,
-        problem.queries,
-        padded,
-        problem.width_v,
+    return Launch(
+        delta_kernel,
+        (problem.batch * problem.heads, triton.cdiv(padded, block)),
+        out_b=out.stride(0),
+        out_h=out.stride(1),
+        out_row=out.stride(2),
+        grad_b=grad.stride(0),
+        grad_h=grad.stride(1),
+        grad_row=grad.stride(2),
+        heads=problem.heads,
+        queries=problem.queries,
+        padded=padded,
+        value_width=problem.width_v,
         BLOCK=block,
         BLOCK_V=block_v,
         num_warps=4,
     )
-    return Inputs(q, k, aligned(problem.v), grad, saved, delta, norms)
 
 
-def common_arguments(problem: Problem) -> dict:
-    # In half precision the weights are rounded to 8 or 11 bits afterwards.
-    flags = {**problem.flags(), "EXACT": problem.v.dtype == torch.float32}
-    visibility = problem.visibility()
-    visibility.pop("seed")
-    return {**problem.terms(), **visibility, **problem.sizes(), **flags, "batches": problem.batch}
+def exact(problem: Problem) -> bool:
+    """Whether the weights are wanted as exactly as float32 has them: in half precision they are
+    rounded to 8 or 11 bits afterwards."""
+    return problem.v.dtype == torch.float32

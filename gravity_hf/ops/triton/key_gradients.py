@@ -13,18 +13,14 @@ from torch import Tensor
 
 from .gradients import (
     Inputs,
-    common_arguments,
+    exact,
     narrow,
     pair_gradients,
     plain_factor,
     weights_again,
 )
-from .problem import (
-    Problem,
-    block_of,
-    tiles,
-    vectors,
-)
+from .launch import Launch, remembered
+from .problem import Problem, range_strides, tiles, vectors
 from .ranges import query_ranges
 from .reach import reach_arguments
 from .score import (
@@ -39,7 +35,6 @@ from .score import (
     unit_of,
     vector_product,
 )
-from .tiles import key_tiles
 from .vectors import load_vectors, vectors_row
 from .visible import (
     load_ranges,
@@ -332,57 +327,74 @@ def key_gradients(
     problem: Problem, inputs: Inputs, sizes: dict | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """dL/dk, dL/dv, and dL/d(key term) `[B, H, Tk]`."""
-    v = inputs.v
-    block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    sizes = dict(sizes or key_tiles(problem.widths, problem.plain, v.device))
+    form, v = problem.form, inputs.v
+    sizes = sizes or form.tiles["key"]
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     blocks = triton.cdiv(problem.keys, columns) * problem.batch * problem.kv_heads
     splits = head_splits(problem, blocks, v.device)
-
-    def room(like: Tensor) -> Tensor:
-        if splits == 1:
-            return torch.empty_like(like).unsqueeze(0)
-        return torch.empty((splits, *like.shape), dtype=torch.float32, device=like.device)
-
-    grad_v = room(problem.v)
+    grad_v = _room(problem.v, splits)
     grad_k = grad_v
     grad_mass = inputs.saved
     if problem.key_term is not None:
         grad_mass = torch.empty_like(problem.key_term)
-    v_tiles = tiles(v, columns, block_v)
+    v_tiles = tiles(v, columns, form.widths.width_v)
     q_tiles = k_tiles = v_tiles
     key_sq = inputs.saved
     if inputs.q is not None:
-        grad_k = room(problem.k)
-        q_tiles = tiles(inputs.q, rows, block_d)
-        k_tiles = tiles(inputs.k, columns, block_d)
+        grad_k = _room(problem.k, splits)
+        q_tiles = tiles(inputs.q, rows, form.widths.width_k)
+        k_tiles = tiles(inputs.k, columns, form.widths.width_k)
         if inputs.norms is not None:
             key_sq = inputs.norms
-    common = common_arguments(problem)
+    tensors = problem.tensors()
     if problem.key_ranges is not None:
-        ranges = query_ranges(problem.key_ranges, problem.queries, problem.keys)
-        common["ranges"] = ranges
-        common["ranges_b"] = 0 if ranges.shape[0] == 1 else ranges.stride(0)
-        common["ranges_row"] = ranges.stride(1)
-    key_kernel[(blocks * splits,)](
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        tiles(inputs.grad, rows, block_v),
-        saved_desc=vectors(inputs.saved.flatten(0, 2), rows),
-        delta_desc=vectors(inputs.delta.flatten(0, 1), rows),
-        saved=inputs.saved,
-        saved_plane=inputs.saved.stride(0),
-        padded=inputs.saved.shape[3],
-        grad=inputs.grad,
-        grad_b=inputs.grad.stride(0),
-        grad_h=inputs.grad.stride(1),
-        grad_row=inputs.grad.stride(2),
-        key_sq=key_sq,
-        key_sq_stride=key_sq.stride(0),
-        grad_key=grad_k,
-        grad_value=grad_v,
-        grad_mass=grad_mass,
+        tensors["ranges"] = query_ranges(problem.key_ranges, problem.queries, problem.keys)
+    order, counts, reach = reach_arguments(problem, rows, columns, by_key=True)
+    tensors |= {
+        "saved": inputs.saved,
+        "grad": inputs.grad,
+        "key_sq": key_sq,
+        "grad_key": grad_k,
+        "grad_value": grad_v,
+        "grad_mass": grad_mass,
+        "order": order,
+        "counts": counts,
+    }
+    key = ("key", splits, inputs.grad.stride(), *sizes.values(), *reach.values())
+    more = {"SPLITS": splits, **sizes, **reach}
+    remembered(form.launches, key, lambda: _launch(problem, tensors, blocks * splits, more))(
+        q_desc=q_tiles,
+        k_desc=k_tiles,
+        v_desc=v_tiles,
+        grad_desc=tiles(inputs.grad, rows, form.widths.width_v),
+        saved_desc=vectors(inputs.saved, rows),
+        delta_desc=vectors(inputs.delta, rows),
+        **tensors,
+    )
+    return (
+        None if inputs.q is None else _joined(grad_k, problem.k),
+        _joined(grad_v, problem.v),
+        None if problem.key_term is None else grad_mass,
+    )
+
+
+def _launch(problem: Problem, tensors: dict[str, Tensor], programs: int, more: dict) -> Launch:
+    form = problem.form
+    saved, grad = tensors["saved"], tensors["grad"]
+    grad_k, grad_v = tensors["grad_key"], tensors["grad_value"]
+    numbers = dict(form.numbers)
+    if problem.key_ranges is not None:
+        numbers["ranges_b"], _ = range_strides(tensors["ranges"])
+        numbers["ranges_row"] = tensors["ranges"].stride(1)
+    return Launch(
+        key_kernel,
+        (programs,),
+        saved_plane=saved.stride(0),
+        padded=saved.shape[3],
+        grad_b=grad.stride(0),
+        grad_h=grad.stride(1),
+        grad_row=grad.stride(2),
+        key_sq_stride=tensors["key_sq"].stride(0),
         key_split=grad_k.stride(0),
         key_b=grad_k.stride(1),
         key_h=grad_k.stride(2),
@@ -393,30 +405,33 @@ def key_gradients(
         value_row=grad_v.stride(3),
         head_width=problem.width_k,
         value_width=problem.width_v,
-        **reach_arguments(problem, rows, columns, by_key=True),
-        SPLITS=splits,
-        SCALED=v.dtype == torch.float16,
-        BLOCK_D=block_d,
-        BLOCK_V=block_v,
-        **common,
-        **sizes,
+        SCALED=problem.v.dtype == torch.float16,
+        BLOCK_D=form.widths.width_k,
+        BLOCK_V=form.widths.width_v,
+        EXACT=exact(problem),
+        **numbers,
+        **more,
     )
 
-    def joined(parts: Tensor, like: Tensor) -> Tensor:
-        # Laid out as the tensor is, which is what a compiler is told.
-        return parts[0] if splits == 1 else torch.empty_like(like).copy_(parts.sum(0))
 
-    return (
-        None if inputs.q is None else joined(grad_k, problem.k),
-        joined(grad_v, problem.v),
-        None if problem.key_term is None else grad_mass,
-    )
+def _room(like: Tensor, splits: int) -> Tensor:
+    """For a gradient of each of the programs that share a key head."""
+    if splits == 1:
+        return torch.empty_like(like).unsqueeze(0)
+    return torch.empty((splits, *like.shape), dtype=torch.float32, device=like.device)
+
+
+def _joined(parts: Tensor, like: Tensor) -> Tensor:
+    # Laid out as the tensor is, which is what a compiler is told.
+    return parts[0] if parts.shape[0] == 1 else torch.empty_like(like).copy_(parts.sum(0))
 
 
 def head_splits(problem: Problem, blocks: int, device: torch.device) -> int:
     """Into how many programs the query heads of a key head are divided: enough to fill the device,
     each writing its own float32 sums, added up afterwards in a fixed order."""
     group = problem.heads // problem.kv_heads
+    if group == 1:
+        return 1
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -119,17 +119,21 @@ def _decode(problem: Problem) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *fields, save = arguments
-    problem = Problem(*fields)
+def _compute(problem: Problem, save: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output, what `forward` saves and what it keeps."""
     saved = _room(problem, save > 0)
     if problem.empty:
-        return problem.v.new_empty_strided(*problem.layout()).zero_(), saved
+        return problem.v.new_empty_strided(*problem.layout()).zero_(), saved, None
     with _device(problem.v):
         if save == 0 and _decodes(problem):
-            return _decode(problem), saved
-        out = forward(problem, saved if save > 0 else None)
-    return out, saved
+            return _decode(problem), saved, None
+        out, norms = forward(problem, saved if save > 0 else None)
+    return out, saved, norms
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *fields, save = arguments
+    return _compute(Problem(*fields), save)[:2]
 
 
 def _attention_backward(
@@ -169,8 +173,12 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.options = inputs[_TENSORS:]
 
 
-def _gradient(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, saved, *tensors = ctx.saved_tensors
+def _registered_gradient(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradient(ctx, ctx.saved_tensors, grad)
+
+
+def _gradient(ctx: Any, kept: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    out, saved, *tensors = kept
     if saved.numel() == 0 and out.numel() > 0:
         raise RuntimeError(
             "gravity_hf::triton_attention: expected save >= 1 where a gradient is wanted, got 0. "
@@ -189,7 +197,9 @@ def _no_second_gradient(*_: Any) -> None:
     )
 
 
-torch.library.register_autograd("gravity_hf::triton_attention", _gradient, setup_context=_save)
+torch.library.register_autograd(
+    "gravity_hf::triton_attention", _registered_gradient, setup_context=_save
+)
 torch.library.register_autograd("gravity_hf::triton_attention_backward", _no_second_gradient)
 
 
@@ -198,8 +208,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        out, saved = _attention(*arguments)
-        ctx.save_for_backward(out, saved, *arguments[:_TENSORS])
+        *fields, save = arguments
+        out, saved, norms = _compute(Problem(*fields), save)
+        ctx.save_for_backward(norms, out, saved, *arguments[:_TENSORS])
         ctx.options = arguments[_TENSORS:]
         return out
 
@@ -207,8 +218,14 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # A second differentiation may follow; the operator refuses that one.
-            return _gradient(ctx, grad)
-        results = _attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+            return _gradient(ctx, ctx.saved_tensors[1:], grad)
+        norms, out, saved, *tensors = ctx.saved_tensors
+        *options, save = ctx.options
+        problem = Problem(*tensors, *options)
+        if problem.empty:
+            return _wanted(ctx, _attention_backward(grad, out, saved, *tensors, *ctx.options))
+        with _device(problem.v):
+            results = backward(problem, out, saved, grad, sums=max(save - 1, 0), norms=norms)
         return _wanted(ctx, results)
 
 
@@ -245,7 +262,7 @@ def _refuse_tangents(fields: tuple) -> None:
 
 def _traced(fields: tuple) -> bool:
     """Whether a compiler, a mode or a transform looks on, or something stands in for tensors."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     if torch._C._len_torch_dispatch_stack() > 0:
         return True

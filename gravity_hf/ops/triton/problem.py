@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import Widths
+from .launch import Launch, remembered
+from .tiles import Tiles, Widths, forward_tiles, key_tiles, query_tiles
 
 # Bytes that a tile's rows must be aligned to for Hopper's copy engine.
 ALIGNMENT = 16
@@ -23,6 +25,32 @@ MIXED_PRECISION = "bf16x6"
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What calls have in common whose tensors differ only in what and where they are.
+
+    Attributes:
+        layout: shape and strides of the output.
+        numbers: arguments that all kernels share, `Problem.numbers`.
+        widths: of heads.
+        plain, boundable, shared: as of the problem.
+        tiles: of each kernel.
+        launches: those that were made, by kernel and what else they depend on.
+    """
+
+    layout: tuple[tuple[int, ...], tuple[int, ...]]
+    numbers: dict[str, Any]
+    widths: Widths
+    plain: bool
+    boundable: bool
+    shared: int
+    tiles: dict[str, Tiles]
+    launches: dict[Any, Launch]
+
+
+_FORMS: dict[Any, Form] = {}
 
 
 @dataclass(frozen=True)
@@ -65,6 +93,38 @@ class Problem:
     cap: str = "clamp"
     kappa: float | None = None
     horizon: float = 1.0
+
+    @cached_property
+    def form(self) -> Form:
+        """Found by all that an argument of a kernel is made from, but for addresses."""
+        whole = (self.q, self.k, self.v, self.table, self.mask, self.key_ranges)
+        small = (self.eps, self.key_radius_sq, self.query_mass, self.key_term, self.head_bias)
+        key = (
+            *[None if x is None else (x.shape, x.stride(), x.dtype) for x in whole],
+            *[x is None for x in (*small, self.radius, self.sink, self.seed)],
+            self.strength.shape,
+            self.v.device,
+            (self.law, self.causal, self.window, self.exclude_self, self.repulsive, self.cutoff),
+            (self.width, self.max_force, self.dropout_p, self.cap, self.kappa, self.horizon),
+            MIXED_PRECISION,
+        )
+        return remembered(_FORMS, key, self._form)
+
+    def _form(self) -> Form:
+        return Form(
+            layout=self.layout(),
+            numbers=self.numbers(),
+            widths=self.widths,
+            plain=self.plain,
+            boundable=self.boundable,
+            shared=self.shared,
+            tiles={
+                "forward": forward_tiles(self.widths, self.plain, self.v.device),
+                "query": query_tiles(self.widths, self.plain, self.v.device),
+                "key": key_tiles(self.widths, self.plain, self.v.device),
+            },
+            launches={},
+        )
 
     @property
     def batch(self) -> int:
@@ -158,7 +218,9 @@ class Problem:
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor]:
         """q and k `aligned`, of size 1 in the dimensions in which they are `shared`."""
-        shared = self.shared
+        shared = self.form.shared
+        if shared == 0:
+            return aligned(self.q), aligned(self.k)
         batch, heads = slice(1 if shared >= 2 else None), slice(1 if shared % 2 == 1 else None)
         return aligned(self.q[batch, heads]), aligned(self.k[batch, heads])
 
@@ -190,79 +252,70 @@ class Problem:
             "NATIVE": not interpreted(),
         }
 
-    def visibility(self) -> dict[str, Any]:
-        """Run-time arguments that say which keys are seen."""
-        ranges, mask = self.key_ranges, self.mask
+    def numbers(self) -> dict[str, Any]:
+        """Arguments that all kernels share and that are no tensors: run-time ones, then `flags`."""
         strides = (0, 0, 0, 0)
-        if mask is not None:
-            mask = mask[(None,) * (4 - mask.dim())]
+        lowest = 0.0
+        if self.mask is not None:
+            mask = self.mask[(None,) * (4 - self.mask.dim())]
             pairs = zip(mask.stride(), mask.shape, strict=True)
             strides = tuple(0 if size == 1 else stride for stride, size in pairs)
-            if mask.dtype == torch.bool:
-                mask = mask.view(torch.int8)
-        lowest = 0.0
-        if self.mask is not None and self.mask.is_floating_point():
-            lowest = torch.finfo(self.mask.dtype).min / 2
+            if mask.is_floating_point():
+                lowest = torch.finfo(mask.dtype).min / 2
+        ranges_b, ranges_row = range_strides(self.key_ranges)
+        many_tables = self.table is not None and self.table.shape[0] > 1
         return {
-            "ranges": self.strength if ranges is None else ranges,
-            "ranges_b": 0 if ranges is None or ranges.shape[0] == 1 else ranges.stride(0),
-            "ranges_row": 0 if ranges is None or ranges.shape[1] == 1 else ranges.stride(1),
-            "mask": self.strength if mask is None else mask,
+            "ranges_b": ranges_b,
+            "ranges_row": ranges_row,
             "mask_b": strides[0],
             "mask_h": strides[1],
             "mask_row": strides[2],
             "mask_column": strides[3],
             "mask_lowest": lowest,
-            "seed": self.strength if self.seed is None else self.seed,
             "dropout": self.dropout_p,
             "shift": self.keys - self.queries,
             "window": self.window,
-        }
-
-    def terms(self) -> dict[str, Any]:
-        """Run-time arguments that make the score. An absent tensor is stood in for by another,
-        which its compile-time flag keeps from being read."""
-
-        def present(tensor: Tensor | None) -> Tensor:
-            return self.strength if tensor is None else tensor
-
-        many_tables = self.table is not None and self.table.shape[0] > 1
-        return {
-            "strength": self.strength,
-            "eps": present(self.eps),
-            "key_radius_sq": present(self.key_radius_sq),
-            "query_mass": present(self.query_mass),
-            "key_term": present(self.key_term),
-            "head_bias": present(self.head_bias),
-            "radius": present(self.radius),
-            "table": present(self.table),
             "table_batch": self.queries * self.keys if many_tables else 0,
             "table_stride": self.keys,
             "width": self.width,
             "ceiling": self.max_force,
             "kappa": self.kappa or 0.0,
             "horizon": self.horizon,
-        }
-
-    def key_terms(self, columns: int) -> dict[str, Any]:
-        """For the kernels that go over keys: a description of `[B H, T]`."""
-        if self.key_term is None:
-            return {}
-        term = self.key_term.flatten(0, 1)
-        return {"key_term": vectors(aligned(term), columns)}
-
-    def sink_terms(self) -> dict[str, Any]:
-        """For the kernels that add up rows."""
-        present = self.sink is not None
-        return {"sink": self.sink if present else self.strength, "HAS_SINK": present}
-
-    def sizes(self) -> dict[str, int]:
-        return {
+            "batches": self.batch,
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "queries": self.queries,
             "keys": self.keys,
+            **self.flags(),
         }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that all kernels share. An absent one is stood in for by another, which its
+        compile-time flag keeps from being read."""
+        strength, mask = self.strength, self.mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.view(torch.int8)
+        return {
+            "strength": strength,
+            "eps": strength if self.eps is None else self.eps,
+            "key_radius_sq": strength if self.key_radius_sq is None else self.key_radius_sq,
+            "query_mass": strength if self.query_mass is None else self.query_mass,
+            "key_term": strength if self.key_term is None else self.key_term,
+            "head_bias": strength if self.head_bias is None else self.head_bias,
+            "radius": strength if self.radius is None else self.radius,
+            "table": strength if self.table is None else self.table,
+            "ranges": strength if self.key_ranges is None else self.key_ranges,
+            "mask": strength if mask is None else mask,
+        }
+
+    def tensors_by_row(self, columns: int) -> dict[str, Any]:
+        """As `tensors`, of the kernels that go over keys and add up rows: the key term described as
+        `[B H, T]`, and the sink."""
+        found: dict[str, Any] = self.tensors()
+        if self.key_term is not None:
+            found["key_term"] = vectors(aligned(self.key_term), columns)
+        found["sink"] = self.strength if self.sink is None else self.sink
+        return found
 
     def heads_together(self) -> int:
         """How many query heads of all batch entries run at the same time: see CACHE_BYTES."""
@@ -273,40 +326,57 @@ class Problem:
         return max(1, min(shared, self.batch * self.heads))
 
 
+def range_strides(ranges: Tensor | None) -> tuple[int, int]:
+    """Of key ranges `[B|1, T|1, 2]`; 0 in a dimension of size 1."""
+    if ranges is None:
+        return 0, 0
+    steps = zip(ranges.stride()[:2], ranges.shape[:2], strict=True)
+    batch, row = (0 if size == 1 else step for step, size in steps)
+    return batch, row
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor as the copy engine takes it: last dimension dense, rows on 16 bytes. What already
     is, views included, is not copied; a width that is not a multiple of 16 bytes is padded."""
     size = tensor.element_size()
-    short = -tensor.shape[-1] % (ALIGNMENT // size)
+    shape, stride = tensor.shape, tensor.stride()
+    short = -shape[-1] % (ALIGNMENT // size)
     if short:
         return torch.nn.functional.pad(tensor, (0, short))
-    strides = [s for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
-    dense = tensor.stride(-1) == 1 and all(s > 0 and s * size % ALIGNMENT == 0 for s in strides)
-    if dense and tensor.data_ptr() % ALIGNMENT == 0:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    dense = stride[-1] == 1 and tensor.data_ptr() % ALIGNMENT == 0
+    for step, length in zip(stride[:-1], shape[:-1], strict=True):
+        dense = dense and (length == 1 or (step > 0 and step * size % ALIGNMENT == 0))
+    return tensor if dense else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def tiles(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
     """A description of `[B, H, T, D]` from which kernels load `[1, 1, rows, width]`, zeros outside.
     The tensor must be `aligned`."""
-    dense = tensor.shape[3] * tensor.element_size()
-    step = -(-dense // ALIGNMENT) * ALIGNMENT // tensor.element_size()
-    strides = [s if n > 1 else step for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
+    strides = list(tensor.stride())
+    if 1 in tensor.shape:
+        per = ALIGNMENT // tensor.element_size()
+        step = -(-tensor.shape[3] // per) * per
+        strides = [s if n > 1 else step for s, n in zip(strides, tensor.shape, strict=True)]
     strides[3] = 1
     return _descriptor(tensor, strides, [1, 1, rows, width])
 
 
 def vectors(tensor: Tensor, length: int) -> TensorDescriptor:
-    """A description of `[rows, T]`, rows on 16 bytes, from which kernels load `[1, length]`."""
-    return _descriptor(tensor, list(tensor.stride()), [1, length])
+    """A description of `[rows, T]`, rows on 16 bytes, from which kernels load `[1, length]`. Of a
+    dense tensor all dimensions but the last are rows."""
+    if tensor.dim() == 2:
+        return _descriptor(tensor, list(tensor.stride()), [1, length])
+    wide = tensor.shape[-1]
+    return _descriptor(tensor, [wide, 1], [1, length], [tensor.numel() // wide, wide])
 
 
-def _descriptor(tensor: Tensor, strides: list[int], block: list[int]) -> TensorDescriptor:
+def _descriptor(
+    tensor: Tensor, strides: list[int], block: list[int], shape: list[int] | None = None
+) -> TensorDescriptor:
     """Without the constructor's checks, which hold by construction here: a call makes a dozen of
     these, and checking them takes as long as a small kernel."""
     description = object.__new__(TensorDescriptor)
-    description.base, description.shape = tensor, list(tensor.shape)
+    description.base, description.shape = tensor, shape or list(tensor.shape)
     description.strides, description.block_shape = strides, block
     return description
 

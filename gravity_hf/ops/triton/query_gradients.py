@@ -13,18 +13,14 @@ from torch import Tensor
 from .forward import tile_of
 from .gradients import (
     Inputs,
-    common_arguments,
+    exact,
     narrow,
     pair_gradients,
     plain_factor,
     weights_again,
 )
-from .problem import (
-    Problem,
-    block_of,
-    tiles,
-    vectors,
-)
+from .launch import Launch, remembered
+from .problem import Problem, tiles, vectors
 from .reach import reach_arguments
 from .score import (
     LN2,
@@ -39,7 +35,6 @@ from .score import (
     unit_of,
     vector_product,
 )
-from .tiles import query_tiles
 from .vectors import load_vectors, vectors_row
 from .visible import (
     key_span,
@@ -346,51 +341,64 @@ def query_gradients(
     problem: Problem, inputs: Inputs, sums: int, sizes: dict | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """dL/dq, the per-row sums `[ROW_SUMS, B, H, Tq]`, and dL/dsink."""
-    v = inputs.v
+    form, v = problem.form, inputs.v
     shape = (ROW_SUMS if sums > 0 else 0, problem.batch, problem.heads, problem.queries)
     row_sums = torch.empty(shape, dtype=torch.float32, device=v.device)
     if problem.q is None and sums == 0:
         return None, row_sums, None
-    block_d, block_v = block_of(problem.width_k), block_of(problem.width_v)
-    sizes = sizes or query_tiles(problem.widths, problem.plain, v.device)
+    sizes = sizes or form.tiles["query"]
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
-    v_tiles = tiles(v, columns, block_v)
+    v_tiles = tiles(v, columns, form.widths.width_v)
     grad_q = None
     q_tiles = k_tiles = key_sq = v_tiles
     target = v
     if inputs.q is not None:
         grad_q = target = torch.empty_like(problem.q)
-        q_tiles = tiles(inputs.q, rows, block_d)
-        k_tiles = tiles(inputs.k, columns, block_d)
+        q_tiles = tiles(inputs.q, rows, form.widths.width_k)
+        k_tiles = tiles(inputs.k, columns, form.widths.width_k)
         if inputs.norms is not None:
             key_sq = vectors(inputs.norms, columns)
     grad_sink = None if problem.sink is None else torch.empty_like(problem.sink)
-    query_kernel[(triton.cdiv(problem.queries, rows) * problem.batch * problem.heads,)](
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        tiles(inputs.grad, rows, block_v),
+    order, counts, reach = reach_arguments(problem, rows, columns)
+    key = ("query", sums, target.stride(), *sizes.values(), *reach.values())
+    more = {"SUMS": sums, **sizes, **reach}
+    remembered(form.launches, key, lambda: _launch(problem, inputs.saved, target, more))(
+        q_desc=q_tiles,
+        k_desc=k_tiles,
+        v_desc=v_tiles,
+        grad_desc=tiles(inputs.grad, rows, form.widths.width_v),
         key_sq=key_sq,
         saved=inputs.saved,
-        saved_plane=inputs.saved.stride(0),
         delta_at=inputs.delta,
         grad_query=target,
         grad_sink=inputs.saved if grad_sink is None else grad_sink,
         sums=row_sums if sums > 0 else inputs.saved,
+        order=order,
+        counts=counts,
+        **problem.tensors_by_row(columns),
+    )
+    return grad_q, row_sums, grad_sink
+
+
+def _launch(problem: Problem, saved: Tensor, target: Tensor, more: dict) -> Launch:
+    form = problem.form
+    blocks = triton.cdiv(problem.queries, more["BLOCK_M"])
+    return Launch(
+        query_kernel,
+        (blocks * problem.batch * problem.heads,),
+        saved_plane=saved.stride(0),
         out_b=target.stride(0),
         out_h=target.stride(1),
         out_row=target.stride(2),
         head_width=problem.width_k,
-        padded=inputs.saved.shape[3],
-        sums_plane=row_sums.stride(0) if sums > 0 else 0,
+        padded=saved.shape[3],
+        sums_plane=problem.batch * problem.heads * problem.queries if more["SUMS"] > 0 else 0,
         heads_together=problem.heads_together(),
-        **reach_arguments(problem, rows, columns),
-        SUMS=sums,
-        SCALED=v.dtype == torch.float16,
-        BLOCK_D=block_d,
-        BLOCK_V=block_v,
-        **{**common_arguments(problem), **problem.key_terms(columns)},
-        **problem.sink_terms(),
-        **sizes,
+        HAS_SINK=problem.sink is not None,
+        SCALED=problem.v.dtype == torch.float16,
+        BLOCK_D=form.widths.width_k,
+        BLOCK_V=form.widths.width_v,
+        EXACT=exact(problem),
+        **form.numbers,
+        **more,
     )
-    return grad_q, row_sums, grad_sink

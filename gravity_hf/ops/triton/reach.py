@@ -159,10 +159,11 @@ def lists_of(
 
 def reach_arguments(
     problem: Problem, rows: int, columns: int, by_key: bool = False
-) -> dict[str, Tensor | int | bool]:
-    """Of a kernel that goes over tiles: the lists, where the call has a hard cutoff and is long."""
+) -> tuple[Tensor, Tensor, dict[str, int | bool]]:
+    """Of a kernel that goes over tiles: order and counts of the lists, where the call has a hard
+    cutoff and is long, and the arguments that are no tensors."""
     if not skips(problem):
-        return {"order": problem.strength, "counts": problem.strength, "listed": 0, "SKIPS": False}
+        return problem.strength, problem.strength, {"listed": 0, "SKIPS": False}
     order, counts = lists_of(
         *problem.queries_and_keys(),
         problem.radius,
@@ -172,9 +173,9 @@ def reach_arguments(
         window=problem.window,
         by_key=by_key,
         shape=(problem.batch, problem.heads, problem.kv_heads),
-        shared=problem.shared,
+        shared=problem.form.shared,
     )
-    return {"order": order, "counts": counts, "listed": order.shape[3], "SKIPS": True}
+    return order, counts, {"listed": order.shape[3], "SKIPS": True}
 
 
 def skips(problem: Problem) -> bool:

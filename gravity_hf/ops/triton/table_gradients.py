@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gradients import (
     Inputs,
-    common_arguments,
+    exact,
     pair_gradients,
     weights_again,
 )
@@ -134,7 +134,9 @@ def table_gradients(problem: Problem, inputs: Inputs) -> Tensor:
         result,
         padded=inputs.saved.shape[3],
         BLOCK_V=block_v,
-        **common_arguments(problem),
+        EXACT=exact(problem),
+        **problem.tensors(),
+        **problem.form.numbers,
         **sizes,
     )
     return result
