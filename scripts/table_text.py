@@ -34,8 +34,9 @@ def experiment_conditions(rows: Rows) -> str:
     """Device, versions and day of the last of an experiment's rows, with the lines around it."""
     known = rows[-1]["conditions"]
     versions = known["versions"]
+    devices = " and ".join(known.get("devices", [known["device"]]))
     return (
-        f"\n{known['device']}, torch {versions['torch']}, transformers "
+        f"\n{devices}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, {known['date'][:10]}.\n"
     )
 

@@ -45,7 +45,8 @@ class Arm:
         repulsion: weight of the repulsion loss.
         gravity_scale: how much faster the constants of heads learn than weights; None: 30 with the
             preset "v2", 1 with the published ones.
-        group: `main`, or `ablations`: v2 with one thing changed, and another twin.
+        group: `main`, what is compared with seeds and tuned rates; or `ablations`: v2 with one
+            thing changed, the published design mended, and another twin.
     """
 
     name: str
@@ -88,7 +89,7 @@ ARMS: dict[str, Arm] = {
     for arm in (
         Arm(V2),
         Arm("NGT reference", "reference"),
-        Arm("NGT fixed", "fixed"),
+        Arm("NGT fixed", "fixed", group="ablations"),
         Arm(VANILLA, changes=_twin("learned")),
         Arm(ALIBI, changes=_twin("alibi")),
         _v2("sinusoidal twin", **_twin("sinusoidal")),

@@ -46,7 +46,15 @@ def summary(runs: Rows, tuned: Rows, settings: dict[str, Any], command: str) -> 
         "rows": [_row(run) for run, fits in zip(runs, at, strict=True) if fits],
         "replaced": [_row(run) for run, fits in zip(runs, at, strict=True) if not fits],
         "tuning": [_row(run, curves=False) for run in tuned],
-        "conditions": {**runs[-1]["conditions"], "command": command},
+        "conditions": {**runs[-1]["conditions"], "command": command, **_all([*runs, *tuned])},
+    }
+
+
+def _all(runs: Rows) -> dict[str, list[str]]:
+    """Devices and commits of all runs: they need not be of one day."""
+    return {
+        f"{name}s": sorted({run["conditions"][name] for run in runs if name in run["conditions"]})
+        for name in ("device", "commit")
     }
 
 
