@@ -162,7 +162,8 @@ def attend_keys(
     )
 
 
-@triton.jit
+# A single key, taken for a constant, is a program that ptxas 12.8 crashes on.
+@triton.jit(do_not_specialize=["keys"])
 def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, key_sq, saved, delta_at, grad_query, sums, strength, eps,
     key_radius_sq, query_mass, key_term, head_bias, radius, table, sink, grad_sink, table_batch,
