@@ -59,6 +59,7 @@ def test_an_encoder_is_measured_by_its_embeddings(encoder: Path, tmp_path: Path)
     assert "encoder" in refused.output
 
 
+@pytest.mark.slow
 def test_force_starts_anew_and_replaces_a_model_and_nothing_else(
     decoder: Path, tmp_path: Path
 ) -> None:

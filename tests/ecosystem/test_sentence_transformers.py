@@ -103,6 +103,7 @@ def test_a_gravity_folder_of_the_bare_transformer_becomes_an_encoder(
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
 
 
+@pytest.mark.slow
 def test_without_the_plugin_trust_is_asked_for_and_gives_the_same(encoder, folder, texts) -> None:
     text = texts[1][0]
     command = [sys.executable, "-c", WITHOUT_THE_PLUGIN, str(folder), text]

@@ -129,6 +129,7 @@ def test_layers_compiled_one_by_one_use_the_values_of_a_mask_that_has_them():
     assert {shape(call["mask"]) for call in calls} == {(2, 1, 11, 11)}
 
 
+@pytest.mark.slow
 def test_a_graph_break_between_mask_and_layers_changes_nothing():
     model, inputs = gravity_host("qwen2"), inputs_of("left", "qwen2")
     expected = logits(model, inputs)

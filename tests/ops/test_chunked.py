@@ -381,6 +381,7 @@ print(*peaks("chunked", 8192), *peaks("reference", 4096))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's count of resident memory")
 def test_peak_memory_at_length_8192_is_under_an_eighth_of_the_reference():
     """Forward, then forward and backward, in a fresh process. The reference is measured at half the

@@ -265,7 +265,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("splits", [2, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 4))])
 def test_query_heads_of_a_key_head_may_be_divided_among_programs(splits, monkeypatch):
     """Few keys on a large device: each program adds up its own heads' part. Views, as models pass
     them, keep their layout, which is what a compiler is told."""

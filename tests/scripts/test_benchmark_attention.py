@@ -48,6 +48,7 @@ def run(*arguments, output=None):
     return rows, json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_row_has_its_time_and_everything_it_was_measured_under(tmp_path):
     providers = ["sdpa", "gravity_chunked"]
     rows, report = run(
@@ -145,6 +146,7 @@ def test_a_failing_row_stays_and_says_why(tmp_path, monkeypatch):
     assert not any(row["p50_ms"] for row in rows)
 
 
+@pytest.mark.slow
 def test_scores_that_do_not_fit_are_not_tried(tmp_path, monkeypatch):
     import timing
 

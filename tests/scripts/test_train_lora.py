@@ -108,6 +108,7 @@ def test_a_host_is_converted_on_the_fly(script: Script, host: Path, tmp_path: Pa
     assert (out / "calibration.json").exists()
 
 
+@pytest.mark.slow
 def test_called_again_it_does_nothing_and_more_steps_train_anew(
     script: Script, host: Path, tmp_path: Path
 ) -> None:
