@@ -1,0 +1,67 @@
+"""Which implementation a call gets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..exporting import is_exporting
+from .flex import flex_refusal
+from .scores import Score
+from .selecting import Selection
+from .triton import routed_refusal
+
+# Queries up to which each one's own keys are gathered: there is no product to share.
+FEW_QUERIES = 16
+# Blocks of fewer keys than this make products too thin for `routed`.
+THIN_BLOCK = 8
+# From this many keys on, what is not selected costs more than selecting, on a CPU.
+LONG = 1024
+
+
+def choose_implementation(
+    q: Tensor, k: Tensor, v: Tensor, score: Score, selection: Selection, dropout_p: float
+) -> str:
+    """What `impl="auto"` means.
+
+    On a CPU. Measured on one core of an AMD EPYC, 8 heads of width 64 in float32, random vectors
+    that screen themselves, as multiples of the time of dense attention without a mask:
+
+    | keys | block_size, top_k | dot product | gravity, law "power" |
+    |---|---|---|---|
+    | 2048 | 32, 256 | 1.4 | 0.9 |
+    | 4096 | 32, 256 / 32, 512 / 64, 512 | 0.9 / 1.2 / 0.8 | 0.5 / 0.8 / 0.5 |
+    | 8192 | 32, 256 / 32, 512 / 64, 512 | 0.5 / 0.7 / 0.6 | 0.2 / 0.4 / 0.3 |
+
+    Below 1024 keys dense attention under a mask is faster than `routed`; blocks of single keys save
+    nothing at these lengths, as choosing them alone takes as long as dense attention. A decoding
+    step takes a seventh of the dense one at 32768 keys, where the cache keeps `means`, and as long
+    as it at 4096. `KeyBudget.min_length` keeps shorter contexts dense.
+
+    On a GPU the choice is not measured yet; `triton` does the work of the chosen pairs alone, while
+    the tiles of `flex` hold the choices of 128 queries together, which are most of a few thousand
+    keys.
+    """
+    if is_exporting():
+        return "reference"
+    budget, queries, keys = selection.budget, q.shape[2], k.shape[2]
+    if queries <= FEW_QUERIES:
+        return "gathered"
+    if torch.compiler.is_compiling():
+        return "masked"
+    plain = selection.visible.bias is None and dropout_p == 0
+    needs_gradient = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (q, k, v, *score.tensors)
+    )
+    if q.device.type == "cuda":
+        call = (q, k, v, score, selection, dropout_p)
+        if budget.block_size >= THIN_BLOCK and routed_refusal(*call) is None:
+            return "triton"
+        if flex_refusal(*call) is None:
+            return "flex"
+    if keys < LONG:
+        return "masked"
+    if budget.block_size >= THIN_BLOCK and plain:
+        return "routed"
+    # What is gathered would be kept for the gradient.
+    return "masked" if needs_gradient or budget.block_size >= THIN_BLOCK else "gathered"

@@ -1,0 +1,108 @@
+"""Routed attention in Triton: in its interpreter on a CPU, compiled on a GPU."""
+
+import os
+
+import pytest
+import torch
+from helpers import assert_within_budget
+from ops.sparse.sparse_cases import as_double, budget, mask_of, score_of, vectors
+
+from gravity_hf.ops.sparse import Gravity, sparse_attention
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+
+def moved(x):
+    if isinstance(x, Gravity):
+        tensors = (x.mass, x.softening, x.law, x.key_radius_sq)
+        return Gravity(*(moved(tensor) for tensor in tensors))
+    return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+
+
+def run(impl, score, tensors, block=8, **options):
+    options = {name: moved(x) for name, x in options.items()}
+    tensors = [moved(x) for x in tensors]
+    chosen = budget(block)
+    with torch.no_grad():
+        output = sparse_attention(*tensors, score=moved(score), budget=chosen, impl=impl, **options)
+    return output.cpu()
+
+
+@pytest.mark.parametrize(
+    ("score", "mask", "dtype"),
+    [
+        ("dot", "left", torch.float32),
+        ("power", "right", torch.float32),
+        ("force", "none", torch.bfloat16),
+        ("lifted", "holes", torch.float16),
+        ("dot", "none", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_within_budget_of_the_definition(score, mask, dtype):
+    tensors = [x.to(dtype) for x in vectors(70)]
+    score, mask = score_of(score), mask_of(mask, 70)
+    exact = run("reference", as_double(score), [x.double() for x in tensors], mask=mask)
+    peer = run("reference", score, tensors, mask=mask)
+    # Weights and parts are rounded to the dtype of v.
+    factor = 3.0 if dtype == torch.float32 else 6.0
+    actual = run("triton", score, tensors, mask=mask)
+    assert_within_budget("triton", actual, exact, peer, factor=factor)
+
+
+@pytest.mark.parametrize("impl", ["triton", "flex"])
+@pytest.mark.parametrize("score", ["dot", "power"])
+def test_no_later_token_changes_an_output(score, impl):
+    if impl == "flex" and DEVICE == "cpu":
+        pytest.skip("FlexAttention has tiles on a GPU only")
+    q, k, v = vectors(70)
+    changed = [x.clone() for x in (q, k, v)]
+    changed[0][:, :, 40:] *= -3.0
+    for x in changed[1:]:
+        x[:, :, 120:] = x[:, :, 120:].flip(2) * -3.0
+    before, after = (run(impl, score_of(score), x) for x in ((q, k, v), changed))
+    assert torch.equal(after[:, :, :40], before[:, :, :40])
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="FlexAttention has a gradient on a GPU only")
+def test_the_gradient_of_flex_is_that_of_the_definition():
+    found = {}
+    for impl in ("reference", "flex"):
+        leaves = [moved(x).requires_grad_() for x in vectors()]
+        options = {"score": score_of("dot"), "budget": budget(), "impl": impl}
+        output = sparse_attention(*leaves, mask=moved(mask_of("left")), **options)
+        found[impl] = torch.autograd.grad(output.square().sum(), leaves)
+    for actual, expected in zip(found["flex"], found["reference"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_gradient_is_refused():
+    q, k, v = (moved(x) for x in vectors(70))
+    with pytest.raises(ValueError, match="no gradient: call it under torch.no_grad"):
+        sparse_attention(
+            q.requires_grad_(), k, v, score=score_of("dot"), budget=budget(), impl="triton"
+        )
+
+
+@pytest.mark.parametrize("mask", ["none", "left", "holes", "documents"])
+def test_ranks_choose_as_sorting_does(mask):
+    from gravity_hf.ops.sparse.selecting import _best, _choosable, whole_blocks
+    from gravity_hf.ops.sparse.triton.ranking import best_blocks
+    from gravity_hf.ops.sparse.visibility import visibility
+
+    given, few = mask_of(mask, 70), budget(4)
+    seen = visibility(70, 150, moved(given), None, None, torch.device(DEVICE))
+    # Few values, so that many are equal, and both zeros.
+    g = torch.Generator().manual_seed(0)
+    scores = moved(torch.randint(-3, 4, (2, 2, 70, 38), generator=g) / 2.0 * -1.0)
+    whole = seen.allowed
+    whole = None if whole is None else whole_blocks(whole, seen.origin, 4, 38)
+    chosen = torch.full((2, 2, 70, 9), -1, device=DEVICE)
+    best_blocks(scores, seen, whole, few, chosen)
+    expected = _best(scores.clone(), _choosable(seen, few, 38), few.chosen_blocks)
+    assert few.chosen_blocks == 7 and (chosen[..., 7:] == -1).all()
+    assert torch.equal(chosen[..., :7].sort().values, expected.sort().values)
