@@ -15,6 +15,7 @@ from . import (
     generate,
     ledger,
     lm_eval,
+    profile,
     push,
     serve_model,
     status,
@@ -119,6 +120,7 @@ app.command(name="demo")(demo.demo)
 app.command(name="convert")(convert.convert)
 app.command(name="status")(status.status)
 app.command(name="evaluate")(evaluate.evaluate)
+app.command(name="profile")(profile.profile)
 app.command(name="generate")(generate.generate)
 app.command(name="chat")(chat.chat)
 app.command(name="figures")(figures.figures)
