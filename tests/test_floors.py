@@ -53,16 +53,24 @@ PUBLIC_NAMES = [
     "GeolipModel",
     "GeolipPrior",
     "GeolipPriorConfig",
+    "GovernedTraining",
     "GravityConfig",
     "GravityTrainer",
+    "KeyBudget",
     "LGTConfig",
     "LGTForCausalLM",
     "LGTForSequenceClassification",
     "LGTForTokenClassification",
     "LGTModel",
+    "LeanFormerConfig",
+    "LeanFormerForCausalLM",
+    "LeanFormerModel",
+    "MaskAwarePhase",
     "NGTConfig",
     "NGTForCausalLM",
     "NGTModel",
+    "RotatedQuantCache",
+    "ScreenedCache",
     "SofteningAnnealing",
     "TransferSettings",
     "TransferTrainer",
@@ -70,18 +78,30 @@ PUBLIC_NAMES = [
     "TriModelConfig",
     "align_frames",
     "calibrate",
+    "calibrate_blocks",
+    "densify_attention",
+    "densify_feed_forward",
     "extract_features",
+    "factorize",
+    "fit_predictors",
+    "fit_screening",
     "gravity_attention",
     "gravity_lora",
     "gravity_param_groups",
     "gravity_serving",
     "gravity_status",
+    "load_factorized",
     "load_gravity_adapter",
     "load_gravity_mass_log",
     "load_gravity_model",
     "measure_attention",
+    "measure_screening",
     "patch_with_gravity",
     "push_gravity_model",
+    "save_factorized",
+    "sparsify_attention",
+    "sparsify_feed_forward",
+    "sparsity",
     "unpatch_gravity",
 ]
 HEAVY = ["triton", "peft", "datasets", "matplotlib", "plotly", "fastapi", "gradio", "kernels"]
@@ -192,9 +212,14 @@ def hollow_folders(root: Path) -> list[str]:
             files = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
             if not any(folder.iterdir()):
                 found.append(f"{folder.relative_to(root)}: an empty folder")
-            elif top == PACKAGE and files and not any(map(_has_code, files)):
+            elif top == PACKAGE and _modules(files) and not any(map(_has_code, files)):
                 found.append(f"{folder.relative_to(root)}: a package without a module")
     return found
+
+
+def _modules(files: list[Path]) -> list[Path]:
+    """A folder without any is one of data."""
+    return [path for path in files if path.suffix == ".py"]
 
 
 def _has_code(path: Path) -> bool:

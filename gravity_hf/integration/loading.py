@@ -33,8 +33,8 @@ _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_d
 def load_gravity_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load any gravity checkpoint; software that would run it as dot product never gets the chance.
 
-    Reads, in this order: a folder or Hub repository saved from a patched model, or from a model
-    that is gravity by construction (LGT, the tri-model); a LoRA adapter made by `gravity_lora` (its
+    Reads, in this order: a folder or Hub repository saved from a patched model, with maps of low
+    rank or without, or from a model that is gravity by construction (LGT, the tri-model); a LoRA adapter made by `gravity_lora` (its
     base is loaded, and patched where it is a host); a plain host with Gravity-2's
     `gravity_mass_log.pt` (or `.safetensors`) beside it.
 
@@ -66,7 +66,8 @@ def load_gravity_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTra
         raise ValueError(
             f"{where}: expected a gravity model (model_type gravity_... or lgt, a gravity adapter, "
             f"or {MASS_LOG_NAMES[1]} beside the weights), got a plain {config.model_type}. Load it "
-            "with its Auto class and convert it: patch_with_gravity(model), calibrate(model, ...)"
+            f"with {_loader_of(config)} and convert it: patch_with_gravity(model), "
+            "calibrate(model, ...)"
         )
     return load_gravity_mass_log(load_host_or_gravity(where, **kwargs), mass_log)
 
@@ -112,10 +113,22 @@ def load_gravity_mass_log(model: Model, path: str | os.PathLike) -> Model:
 
 
 def load_host_or_gravity(where: str, **kwargs: Any) -> PreTrainedModel:
-    """`from_pretrained` of the class that `config.json` names, gravity or not."""
+    """`from_pretrained` of the class that `config.json` names, gravity or not; `load_factorized`
+    where it names maps of low rank."""
+    # Imported here because it finds classes by this module.
+    from .factorized_folder import KEY, load_factorized
+
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     config = read_config(where, **hub)
+    if getattr(config, KEY, None) is not None:
+        return load_factorized(where, **kwargs)
     return model_class_of(config).from_pretrained(where, **kwargs)
+
+
+def _loader_of(config: PreTrainedConfig) -> str:
+    from .factorized_folder import KEY
+
+    return "its Auto class" if getattr(config, KEY, None) is None else "gravity_hf.load_factorized"
 
 
 def model_class_of(config: PreTrainedConfig) -> Any:

@@ -1,6 +1,7 @@
-"""Models of this library's own, LGT, the tri-model, NGT and the geolip: nothing is patched, and
-there is no host. Those without gravity, NGT's twins, and a geolip unless its spectra attend by
-gravity, count among them, so that they are saved, loaded and served in the same ways.
+"""Models of this library's own, LGT, the tri-model, NGT, the LeanFormer and the geolip: nothing is
+patched, and there is no host. Those without gravity, NGT's twins, and a LeanFormer or a geolip
+unless it attends by gravity, count among them, so that they are saved, loaded and served in the
+same ways.
 
 They live on this floor, too, so that they are known here by their configs and by the names of
 their parameters; no model is imported.
@@ -19,6 +20,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..layers.float32 import Float32
 from ..layers.positions import CurvedPositionEmbedding, FractalPositionEmbedding
 from .own_geolip import GEOLIPS, geolip_in_words, geolip_sizes_in_words, without_gravity
+from .own_lean import (
+    LEANFORMER,
+    leanformer_in_words,
+    leanformer_sizes_in_words,
+    leanformer_without_gravity,
+)
 from .own_words import NGT, is_twin, ngt_in_words, ngt_sizes_in_words
 
 _LIBRARY = f"{__package__.partition('.')[0]}."
@@ -79,6 +86,8 @@ def refuse_own(model: nn.Module, what: str, instead: str) -> None:
     if config.model_type in GEOLIPS:
         kind = "is none: its tokens are frames on a sphere"
         instead = "Convert the host that it stands beside, if there is one"
+    elif config.model_type == LEANFORMER and leanformer_without_gravity(config):
+        kind, instead = "chooses its keys by itself", "Take config.attention='gravity' for gravity"
     elif is_twin(config):
         kind, instead = "is the twin of an NGT", "Take config.attention='gravity' for gravity"
     raise TypeError(
@@ -149,6 +158,8 @@ def other_attention_names(model: nn.Module) -> tuple[str, ...]:
         found = (name for name, module in modules if _has_own(module, "alpha_logits"))
         return tuple(name for name in found if name not in own)
     names = ("attn",) if config is not None and is_twin(config) else ()
+    if config is not None and config.model_type == LEANFORMER:
+        names = ("self_attn",) if leanformer_without_gravity(config) else ()
     return tuple(
         name
         for name, module in model.named_modules()
@@ -170,6 +181,8 @@ def gravity_in_words(config: PreTrainedConfig) -> tuple[str, ...]:
         return geolip_in_words(config)
     if config.model_type == NGT:
         return ngt_in_words(config)
+    if config.model_type == LEANFORMER:
+        return leanformer_in_words(config)
     streams = getattr(config, "streams", None)
     sight = "causal" if config.is_causal else "sees both ways"
     law = "softmax over forces"
@@ -195,6 +208,8 @@ def sizes_in_words(config: PreTrainedConfig) -> str:
         return geolip_sizes_in_words(config)
     if config.model_type == NGT:
         return ngt_sizes_in_words(config)
+    if config.model_type == LEANFORMER:
+        return leanformer_sizes_in_words(config)
     sizes = f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, width "
     if config.vocab_size is None:
         inputs = "continuous inputs"

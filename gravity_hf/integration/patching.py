@@ -43,6 +43,7 @@ from .own_models import (
 )
 from .placement import execution_device
 from .sites import AttentionSite, find_attention_sites, find_own_attention
+from .sparse_settings import SPARSE_GRAVITY_NAME, sparse_settings_of
 from .tensor_parallel import refuse_split
 
 logger = logging.get_logger(__name__)
@@ -209,10 +210,13 @@ def gravity_status(model: nn.Module) -> GravityStatus:
     converted = tuple(site.name for site in sites if hasattr(site.module, "gravity"))
     kept = tuple(site.name for site in sites if not hasattr(site.module, "gravity"))
     implementation, reason = current, "set in place of gravity"
-    if current == ATTENTION_NAME:
+    sparse = current == SPARSE_GRAVITY_NAME
+    if sparse:
+        implementation, reason = "sparse", "sparsify_attention: few keys for each query"
+    elif current == ATTENTION_NAME:
         implementation, reason = _implementation(host, settings.implementation)
     return GravityStatus(
-        patched=current == ATTENTION_NAME,
+        patched=sparse or current == ATTENTION_NAME,
         model=type(host).__name__,
         config=settings,
         layers=converted,
@@ -290,6 +294,11 @@ def _plan(model: nn.Module, settings: GravityConfig) -> _Plan:
         "patch_with_gravity",
         "There is nothing to patch: train and use it as it is; gravity_status(model) shows its law",
     )
+    if sparse_settings_of(model) is not None:
+        raise RuntimeError(
+            "patch_with_gravity: expected this order: patch_with_gravity, then sparsify_attention; "
+            "got a model that is sparse already. Call densify_attention(model) first"
+        )
     sites = select_sites(find_attention_sites(model), settings)
     _check_implementation(model, sites, settings.implementation)
     for site in sites:

@@ -19,6 +19,7 @@ _PACKAGES = {
     "geolip": ".geolip",
     "geolip_companion": ".geolip",
     "geolip_prior": ".geolip",
+    "leanformer": ".leanformer",
 }
 
 
