@@ -1,11 +1,12 @@
-"""Train a causal language model from scratch: an NGT, an LGT, or any that transformers knows, under
-gravity or dot-product attention.
+"""Train a causal language model from scratch: an NGT, an LGT, a LeanFormer, or any that
+transformers knows, under gravity or dot-product attention.
 
     python scripts/pretrain.py --model ngt --output_dir runs/ngt
     python scripts/pretrain.py --model ngt --attention dot_product --output_dir runs/twin
     python scripts/pretrain.py scripts/recipes/ngt-w3-25m.yaml --output_dir runs/w3
     python scripts/pretrain.py --model gpt2 --tokenizer char --text_files tinyshakespeare.txt \\
         --overrides n_embd=384,n_layer=6,n_head=6,n_positions=256 --output_dir runs/gpt2
+    python scripts/pretrain.py --model leanformer --preset tiny --governed --output_dir runs/lean
     accelerate launch --num_processes 2 scripts/pretrain.py recipe.yaml
 
 Flags win over the file, and --overrides over --preset, also where they say what is the default
@@ -13,6 +14,10 @@ anyway. Text: --text_files, --dataset (wikitext103, wikitext2, tinyshakespeare, 
 folder for datasets.load_dataset), or, without either, the Python standard library's source. Every
 option of transformers' TrainingArguments is accepted: --bf16 and --fp16 for mixed precision,
 --gradient_accumulation_steps, --torch_compile, --report_to tensorboard, ...
+
+--governed freezes groups of weights that have converged and shares rates between the others;
+OUTPUT_DIR/pretrain.json then says what that did, under "governance", and OUTPUT_DIR/governed.jsonl
+is its ledger (gravity-hf ledger verify).
 
 OUTPUT_DIR then is the model as it was last; OUTPUT_DIR/best has the lowest validation loss,
 OUTPUT_DIR/last the last one beside it; each loads as it is, its tokenizer too. A run that was
@@ -24,6 +29,7 @@ stopped goes on from its last whole checkpoint when the same command is given ag
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +53,9 @@ class ModelName:
 
     model: str | None = field(
         default=None,
-        metadata={"help": "ngt, lgt, or a model_type of transformers: qwen2 [qwen2], gpt2, ..."},
+        metadata={
+            "help": "ngt, lgt, leanformer, or a model_type of transformers: qwen2 [qwen2], ..."
+        },
     )
 
 
@@ -123,7 +131,7 @@ def settings_of(
     names = {given for given in (name.model, model.architecture) if given is not None}
     if len(names) > 1:
         raise ValueError(f"--model: expected one name, got {sorted(names)} with --architecture")
-    model.architecture = names.pop() if names else "qwen2"
+    model = dataclasses.replace(model, architecture=names.pop() if names else "qwen2")
     if model.architecture == "qwen2" and not model.overrides:
         model.overrides = SMALL_QWEN2
     return model, text, training

@@ -35,6 +35,14 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The environment variable with the key of the chain, where it has one.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Check every line of FILE: edited, removed, inserted, moved or cut off.
 
@@ -43,10 +51,14 @@ def verify(
     Example:
 
         gravity-hf ledger verify run/ledger.jsonl
+
+        AUDIT_KEY=... gravity-hf ledger verify run/audit.jsonl --key-env AUDIT_KEY
     """
+    from ..runtime.ledger_key import key_from_environment
     from ..runtime.verification import verify as check
 
-    report = check(file, anchor=None if anchor is None else _parsed(anchor))
+    key = None if key_env is None else key_from_environment(key_env)
+    report = check(file, anchor=None if anchor is None else _parsed(anchor), key=key)
     make_console().print(str(report), markup=False)
     if not report.ok:
         raise typer.Exit(EXIT_BROKEN)

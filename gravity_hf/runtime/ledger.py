@@ -16,6 +16,7 @@ from typing import Any
 from .chain import PUBLISHED_KEYS, Head
 from .encoding import json_value, parsed_json, strict_json
 from .ledger_file import LedgerFile
+from .ledger_key import LedgerKey
 from .verification import LedgerReport, verify
 
 
@@ -52,7 +53,8 @@ class Ledger:
     Entries wait in memory until `flush` appends them to the file; with `write_through` each is
     appended at once. In the file every line carries the hash of the one before it: `verify` finds
     lines that were edited, removed, inserted, moved or cut off. Somebody who rewrites the file
-    *and* its `.head` leaves no trace in them: note `head` elsewhere where that matters.
+    *and* its `.head` leaves no trace in them, unless the chain has a `key`; note `head` elsewhere
+    where that matters.
 
     Several processes may log to one file. A copy (`copy.deepcopy`, pickle, a forked process)
     writes only what it logs itself.
@@ -66,10 +68,13 @@ class Ledger:
             kept, however much it is.
         write_through: write each entry as it is logged.
         fsync: see `LedgerFile`.
+        key: a secret of 16 bytes or more, for a chain that nobody else can write;
+            `runtime.key_from_environment` reads one. A file has it from its first line or never.
 
     Raises:
         LedgerError: the file was cut short, or changed at its end, since it was last appended to;
-            earlier lines are read by `verify` alone.
+            earlier lines are read by `verify` alone. Its chain has another key, or none.
+        TypeError: a key that is not bytes.
         ValueError: settings that cannot be honoured; `persist_path` is a folder.
 
     Example:
@@ -86,6 +91,7 @@ class Ledger:
         *,
         write_through: bool = False,
         fsync: bool = True,
+        key: bytes | LedgerKey | None = None,
     ) -> None:
         if max_memory_entries < 1:
             raise ValueError(
@@ -94,11 +100,16 @@ class Ledger:
             )
         if write_through and persist_path is None:
             raise ValueError("Ledger: write_through needs a file: pass persist_path, got None")
+        if key is not None and persist_path is None:
+            raise ValueError("Ledger: key needs a file: pass persist_path, got None")
         self.agent_id = agent_id
         self.persist_path = None if persist_path is None else Path(persist_path)
         self.max_memory_entries = max_memory_entries
         self.write_through = write_through
-        self._file = None if persist_path is None else LedgerFile(persist_path, fsync=fsync)
+        self._key = LedgerKey.of(key)
+        self._file = (
+            None if persist_path is None else LedgerFile(persist_path, fsync=fsync, key=self._key)
+        )
         self._entries: deque[LedgerEntry] = deque(maxlen=max_memory_entries)
         # The JSON of what is not in the file yet, made when it was logged.
         self._pending: list[str] = []
@@ -179,7 +190,7 @@ class Ledger:
         """
         if self._file is None:
             raise ValueError("Ledger.verify: expected a ledger with persist_path, got none")
-        return verify(self._file.path)
+        return verify(self._file.path, key=self._key)
 
     def __len__(self) -> int:
         return len(self._entries)

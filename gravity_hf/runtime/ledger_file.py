@@ -19,9 +19,11 @@ from filelock import FileLock
 
 from .chain import GENESIS, Head, chained_line, check_line, is_chained, is_entry
 from .encoding import parsed_json, strict_json
+from .ledger_key import LedgerKey
 
 _logger = logging.getLogger(__name__)
 _HASH = re.compile("[0-9a-f]{64}")
+_KEYLESS = "the chain has no key, got one: written without it, or by somebody without it"
 
 
 class LedgerError(RuntimeError):
@@ -33,26 +35,44 @@ def beside(path: Path, kind: str) -> Path:
     return path.with_name(f"{path.name}.{kind}")
 
 
-def read_head(path: Path) -> Head | None:
+def read_head(path: Path, key: LedgerKey | None = None) -> Head | None:
     """What `<path>.head` says; None where there is none.
 
     Raises:
-        LedgerError: it is not a head.
+        LedgerError: it is not a head, or not one signed with `key`.
     """
     file = beside(path, "head")
     if not file.is_file():
         return None
     try:
-        head = Head(**parsed_json(file.read_text(encoding="utf-8")))
+        content = parsed_json(file.read_text(encoding="utf-8"))
+        signature = content.pop("signature", None)
+        head = Head(**content)
         counted = all(type(x) is int and x >= 0 for x in (head.count, head.size))
-        if counted and _HASH.fullmatch(head.hash):
-            return head
-    except (ValueError, TypeError):
-        pass
-    raise LedgerError(
-        f"{file}: expected count, hash and size as JSON, got something else: edited or damaged. "
-        "Nothing is appended; keep both files for whoever looks into it and log to a new one"
-    )
+        whole = counted and bool(_HASH.fullmatch(head.hash))
+    except (ValueError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise LedgerError(
+            f"{file}: expected count, hash and size as JSON, got something else: edited or "
+            "damaged. Nothing is appended; keep both files for whoever looks into it and log to a "
+            "new one"
+        )
+    if fault := _key_fault(head, signature, key):
+        raise LedgerError(f"{file}: {fault}. Nothing is appended")
+    return head
+
+
+def _key_fault(head: Head, signature: object, key: LedgerKey | None) -> str | None:
+    """What is wrong where the head is not signed with `key`; None where nothing is."""
+    if key is None:
+        is_signed = signature is not None
+        return "the chain has a key: expected that key, got none" if is_signed else None
+    if signature is None:
+        return _KEYLESS
+    if not key.signs(head.signed_text(), signature):
+        return "expected it signed with this key: edited, or signed with another"
+    return None
 
 
 class LedgerFile:
@@ -62,12 +82,19 @@ class LedgerFile:
         path: the file; made with its folders by the first append.
         fsync: wait until the lines are on the disk, so that a loss of power cannot take them
             either. Without it they survive the end of the process, however it ends.
+        key: of the chain; None: it has none.
 
     Raises:
         ValueError: `path` is a folder.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, fsync: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fsync: bool = True,
+        key: LedgerKey | None = None,
+    ) -> None:
         # What a link leads to: the head lies beside the file itself.
         self.path = Path(path).resolve()
         if self.path.is_dir():
@@ -76,6 +103,7 @@ class LedgerFile:
                 ".jsonl file in it"
             )
         self.fsync = fsync
+        self.key = key
 
     def append(self, bodies: Sequence[str]) -> Head:
         """Append one line for each body, all in one write. The new end of the file.
@@ -85,7 +113,7 @@ class LedgerFile:
 
         Raises:
             LedgerError: the file was cut short, or changed at its end, since it was last appended
-                to.
+                to; its chain has another key, or one where none was given, or none.
             OSError: it could not be written; the file is as it was.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +121,7 @@ class LedgerFile:
             head = self._recovered()
             lines, last = [], head.hash
             for position, body in enumerate(bodies, head.count):
-                line, last = chained_line(position, last, body)
+                line, last = chained_line(position, last, body, self.key)
                 lines.append(line.encode() + b"\n")
             data = b"".join(lines)
             self._write(data, head.size)
@@ -109,14 +137,14 @@ class LedgerFile:
     def recover(self) -> Head | None:
         """Set a torn last line aside, where a crash left one; the end of the file. None where there
         is no file yet. Raises as `append`."""
-        if not self.path.is_file() and read_head(self.path) is None:
+        if not self.path.is_file() and read_head(self.path, self.key) is None:
             return None
         with locked(self.path):
             return self._recovered()
 
     def _recovered(self) -> Head:
         size = self.path.stat().st_size if self.path.is_file() else 0
-        head = read_head(self.path)
+        head = read_head(self.path, self.key)
         if head is None:
             head = self._first_head()
             # Before the first line: from here on a missing head is a removed one.
@@ -145,6 +173,11 @@ class LedgerFile:
                             "got none: nobody can tell whether the ledger was cut short. Bring "
                             "both files, or log to a new one"
                         )
+                    if self.key is not None:
+                        raise LedgerError(
+                            f"{self.path}: {_KEYLESS}: nobody can vouch for its lines. Nothing is "
+                            "appended; log to a new file"
+                        )
                     if not raw.endswith(b"\n"):
                         self._set_aside(raw, size)
                         break
@@ -165,7 +198,7 @@ class LedgerFile:
                 if not raw.endswith(b"\n"):
                     self._set_aside(raw, size)
                     break
-                last, reason = check_line(raw[:-1], count, last)
+                last, reason = check_line(raw[:-1], count, last, self.key)
                 if reason is not None:
                     raise LedgerError(
                         f"{self.path}: line {count + 1} {reason}. Nothing is appended; keep the "
@@ -201,7 +234,10 @@ class LedgerFile:
         # Made anew, never opened: it could be somebody's link to another file.
         unfinished.unlink(missing_ok=True)
         with unfinished.open("x", encoding="utf-8") as file:
-            file.write(strict_json(head._asdict()) + "\n")
+            content: dict[str, int | str] = head._asdict()
+            if self.key is not None:
+                content["signature"] = self.key.sign(head.signed_text())
+            file.write(strict_json(content) + "\n")
             file.flush()
             self._settle(file.fileno())
         unfinished.replace(target)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .chain import GENESIS, Head, check_line, is_chained, is_entry
 from .ledger_file import LedgerError, beside, locked, read_head
+from .ledger_key import LedgerKey
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,33 @@ class LedgerReport:
         return f"{self.path}: {where}{self.reason}"
 
 
-def verify(path: str | os.PathLike[str], *, anchor: tuple[int, str] | None = None) -> LedgerReport:
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    anchor: tuple[int, str] | None = None,
+    key: bytes | LedgerKey | None = None,
+) -> LedgerReport:
     """Read a ledger's file from the beginning and check every line. Changes nothing.
 
     Found are lines that were edited, removed, inserted, moved or cut off, and a torn last line.
-    Not found is what somebody did who rewrote the file and its `.head` together: only a head that
-    was noted elsewhere (`anchor`) shows that. A file without any chain cannot be checked, and is
-    not `ok`: its next append seals it. Lines added at the end in the right form are what
-    every process that logs adds; they are no fault. A line that is being written while the file's
-    `.lock` cannot be opened (of another user, say) looks torn: ask again.
+    Without a key, not found is what somebody did who rewrote the file and its `.head` together:
+    only a head that was noted elsewhere (`anchor`) shows that. With one nobody can who has not got
+    the key; what remains is to bring back both files as they once were, which the anchor shows. A
+    file without any chain cannot be checked, and is not `ok`: its next append seals it. Lines added
+    at the end in the right form are what every process that logs adds; they are no fault. A line
+    that is being written while the file's `.lock` cannot be opened (of another user, say) looks
+    torn: ask again.
 
     Args:
         anchor: `(count, hash)` of `Ledger.head` at some time, kept where nobody could change it.
+        key: that of the ledger. A chain without one does not hold under a key, and one with a key
+            not without it.
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError, ValueError: `key` is none.
     """
-    path = Path(path).resolve()
+    path, key = Path(path).resolve(), LedgerKey.of(key)
     if not path.is_file():
         raise FileNotFoundError(f"verify: expected the file of a ledger, got {str(path)!r}")
     with ExitStack() as stack:
@@ -71,17 +82,23 @@ def verify(path: str | os.PathLike[str], *, anchor: tuple[int, str] | None = Non
         if os.access(beside(path, "lock"), os.W_OK):
             stack.enter_context(locked(path))
         try:
-            head = read_head(path)
+            head = read_head(path, key)
         except LedgerError as error:
             return LedgerReport(path, 0, 0, GENESIS, reason=str(error))
-        return _Reading(path, head, anchor).report()
+        return _Reading(path, head, anchor, key).report()
 
 
 class _Reading:
     """One pass over the file."""
 
-    def __init__(self, path: Path, head: Head | None, anchor: tuple[int, str] | None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        head: Head | None,
+        anchor: tuple[int, str] | None,
+        key: LedgerKey | None,
+    ) -> None:
+        self.path, self.key = path, key
         self.anchors = [("its .head", head.count, head.hash)] if head is not None else []
         if anchor is not None:
             self.anchors.append(("the anchor", *anchor))
@@ -94,13 +111,15 @@ class _Reading:
             for raw in file:
                 if not raw.endswith(b"\n"):
                     return self._broken("is torn: a crash while it was written, or a cut")
-                if self.lines == self.unchained and not is_chained(raw):
+                # With a key nothing is vouched for that was not written with it.
+                is_old = self.key is None and self.lines == self.unchained
+                if is_old and not is_chained(raw):
                     if not is_entry(raw):
                         return self._broken("is not an entry of a ledger")
                     prefix.update(raw)
                     self.unchained, self.hash = self.unchained + 1, prefix.hexdigest()
                 else:
-                    self.hash, reason = check_line(raw[:-1], self.lines, self.hash)
+                    self.hash, reason = check_line(raw[:-1], self.lines, self.hash, self.key)
                     if reason is not None:
                         return self._broken(reason)
                 self.lines += 1
@@ -116,7 +135,7 @@ class _Reading:
                 return self._broken(
                     f"expected {count} lines by {name}, got {self.lines}: cut short", whole=True
                 )
-        if not self.has_head and self.lines == self.unchained:
+        if self.key is None and not self.has_head and self.lines == self.unchained:
             return self._broken("has no chain: nothing can be checked", whole=True)
         if not self.has_head:
             reason = f"expected {beside(self.path, 'head').name} beside it, got none: lines may be"

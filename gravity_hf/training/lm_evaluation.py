@@ -32,12 +32,12 @@ _OTHER_LOADERS = {
 
 @register_model(MODEL_NAME)
 class GravityLM(HFLM):
-    """lm-evaluation-harness's `hf` model, for gravity models only.
+    """lm-evaluation-harness's `hf` model, for gravity models and this library's own.
 
     `--model gravity-hf --model_args pretrained=FOLDER` takes what `load_gravity_model` takes (a
-    saved gravity model, one that is gravity by construction (LGT), a gravity adapter's folder, a
-    host with Gravity-2's masses beside it), and the other arguments of `hf`: dtype, device,
-    batch_size, max_length, parallelize, tp_plan, ...
+    saved gravity model, one of the library's own (LGT, NGT and its twin, LeanFormer with either
+    attention), a gravity adapter's folder, a host with Gravity-2's masses beside it), and the
+    other arguments of `hf`: dtype, device, batch_size, max_length, parallelize, tp_plan, ...
 
     Args:
         pretrained: a folder, a name on the Hub, or a gravity model (with `tokenizer=`).

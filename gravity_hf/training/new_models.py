@@ -111,7 +111,7 @@ def _known_config(architecture: str) -> PreTrainedConfig:
     except ValueError as error:
         raise ValueError(
             "--model: expected a model_type of this library or of transformers, such as ngt, lgt, "
-            f"qwen2 or gpt2, got {architecture!r}"
+            f"leanformer, qwen2 or gpt2, got {architecture!r}"
         ) from error
 
 
@@ -134,6 +134,8 @@ def _own_settings(
                 "--attention: expected the attention of --overrides, "
                 f"{sizes['attention']!r}, or none there, got 'dot_product'"
             )
+    elif getattr(config, "attention", "gravity") != "gravity":
+        sizes.setdefault("attention", "gravity")
     if arguments.implementation != "auto":
         sizes.setdefault("implementation", arguments.implementation)
     places = "max_position_embeddings"

@@ -28,11 +28,11 @@ class PretrainArguments:
             "help": "Settings of its config: 'hidden_size=384,num_hidden_layers=6', or JSON."
         },
     )
-    attention: str = field(
-        default="gravity",
+    attention: str | None = field(
+        default=None,
         metadata={
-            "help": "gravity or dot_product. Of ngt, dot_product is its twin; an lgt has none and "
-            "is trained as it is."
+            "help": "gravity or dot_product. gravity unless given; of leanformer, dot_product. Of "
+            "ngt, dot_product is its twin; an lgt has none and is trained as it is."
         },
     )
     law: str = field(
@@ -82,15 +82,34 @@ class PretrainArguments:
             "help": "Optimiser steps between coordinates for TensorBoard's projector; 0: none."
         },
     )
+    governed: bool = field(
+        default=False,
+        metadata={
+            "help": "Govern the training: groups of weights that have converged are frozen, rates "
+            "are shared. See GovernedTraining."
+        },
+    )
+    governed_settings: str = field(
+        default="",
+        metadata={
+            "help": 'How: JSON, or a file of it, such as \'{"hierarchy": null, "apply": '
+            '"none"}\'. Names are those of GovernedTraining; null leaves a machine out.'
+        },
+    )
 
     def __post_init__(self) -> None:
-        if self.attention not in ATTENTIONS:
+        if self.attention is None and self.architecture is not None:
+            # What each model is known for.
+            self.attention = "dot_product" if self.architecture == "leanformer" else "gravity"
+        if self.attention is not None and self.attention not in ATTENTIONS:
             raise ValueError(
                 f"--attention: expected one of {list(ATTENTIONS)}, got {self.attention!r}"
             )
         for name in ("repulsion_weight", "projector_interval"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name}: expected at least 0, got {getattr(self, name)}")
+        if self.governed_settings and not self.governed:
+            raise ValueError("--governed_settings: expected only with --governed, got them alone")
         for name in ("repulsion_interval", "length", "validation_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")

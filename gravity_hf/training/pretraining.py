@@ -17,6 +17,7 @@ from ..integration.calibration import measure_attention
 from ..integration.own_models import is_own_model
 from .conditions import run_conditions
 from .files import write_json
+from .governed.governed_training import GovernedTraining, read_settings
 from .kept_models import LAST, KeepModels
 from .new_models import new_model, start_under_gravity
 from .optim import OWN_GRAVITY_SCALE
@@ -39,6 +40,7 @@ __all__ = [
 
 RESULT_FILE = "pretrain.json"
 SETTINGS_FILE = "pretrain_settings.json"
+AUDIT_FILE = "governed.jsonl"
 # Of hosts, by scripts/experiments/from_scratch.py tune: more than a conversion's, as masses start
 # where nothing has been learnt yet.
 _HOST_GRAVITY_SCALE = 100.0
@@ -91,6 +93,8 @@ def pretrain(
     if is_patched:
         start_under_gravity(model, arguments, train)
     usual = OWN_GRAVITY_SCALE if is_own else _HOST_GRAVITY_SCALE
+    gravity_scale = usual if arguments.gravity_scale is None else arguments.gravity_scale
+    governed = _governed(arguments, training)
     trainer = _PretrainTrainer(
         model=model,
         args=training,
@@ -98,11 +102,16 @@ def pretrain(
         eval_dataset=validation,
         data_collator=collate,
         processing_class=stream.tokenizer,
-        gravity_scale=usual if arguments.gravity_scale is None else arguments.gravity_scale,
+        gravity_scale=gravity_scale,
         repulsion_weight=arguments.repulsion_weight,
         repulsion_interval=arguments.repulsion_interval,
         detach_masses=arguments.detach_masses,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([] if governed is None else [governed.callback()])],
+        optimizers=(
+            (None, None)
+            if governed is None
+            else governed.optimizers(model, training, gravity_scale)
+        ),
     )
     if callbacks:
         trainer.remove_callback(PrinterCallback)
@@ -119,11 +128,22 @@ def pretrain(
     if keeper is not None:
         keeper.keep(LAST, final)
     record = _record(arguments, training, stream, trainer, final, seconds)
+    if governed is not None:
+        record["governance"] = governed.report()
     if is_patched:
         batch = {"input_ids": validation.__getitems__(list(range(min(8, len(validation)))))}
         report = measure_attention(model, [batch], progress=False)
         record["attention"] = {"summary": report.summary(), "heads": list(report.rows)}
     return PretrainResult(model, record)
+
+
+def _governed(arguments: PretrainArguments, training: TrainingArguments) -> GovernedTraining | None:
+    """As `arguments` say; with a ledger in the folder of the run unless they say otherwise."""
+    if not arguments.governed:
+        return None
+    content = read_settings(arguments.governed_settings)
+    content.setdefault("audit", {"path": str(Path(training.output_dir, AUDIT_FILE))})
+    return GovernedTraining.from_dict(content)
 
 
 class _PretrainTrainer(RepulsionTrainer):

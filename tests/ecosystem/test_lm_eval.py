@@ -14,6 +14,8 @@ from ecosystem.folders import byte_decoder, byte_host, calibrated, saved_decoder
 from hosts import logits, tiny_host, tiny_inputs
 
 from gravity_hf import (
+    LeanFormerConfig,
+    LeanFormerForCausalLM,
     LGTConfig,
     LGTForCausalLM,
     gravity_lora,
@@ -128,6 +130,42 @@ def lgt(**settings: Any) -> LGTForCausalLM:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     places = {"dim_position": 4, "max_position_embeddings": 32}
     return LGTForCausalLM(LGTConfig(vocab_size=256, **(sizes | places | settings))).eval()
+
+
+def lean(**settings: Any) -> LeanFormerForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    inner = {"intermediate_size": 32, "attention_rank": 4, "feed_forward_rank": 4, "gate_rank": 2}
+    keys = {"attention_top_k": 8, "local_window": 4, "sink_tokens": 1, "feed_forward_block": 8}
+    places = {"screen_dim": 4, "max_position_embeddings": 32, "min_depth": 1}
+    settings = sizes | inner | keys | places | settings
+    return LeanFormerForCausalLM(LeanFormerConfig(vocab_size=256, **settings)).eval()
+
+
+@pytest.mark.parametrize("attention", ["dot_product", "gravity"])
+def test_a_leanformer_is_measured_by_its_own_logits(attention: str, tmp_path: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from gravity_hf.training.lm_evaluation import GravityLM
+
+    model = lean(attention=attention)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ids = torch.tensor([byte_tokenizer()("The apple on its branch falls")["input_ids"]])
+    of_next = logits(model, {"input_ids": ids[:, :-1]})[0].log_softmax(-1)
+    expected = of_next.gather(1, ids[0, 1:, None])[-len(" falls") :].sum().item()
+    # Its keys are few here: with all of them the number would be another.
+    dense = lean(attention=attention, attention_top_k=32)
+    dense.load_state_dict(model.state_dict())
+    of_next = logits(dense, {"input_ids": ids[:, :-1]})[0].log_softmax(-1)
+    assert abs(of_next.gather(1, ids[0, 1:, None])[-6:].sum().item() - expected) > 1e-4
+    for measured in (
+        GravityLM(pretrained=str(tmp_path), device="cpu"),
+        HFLM(pretrained=str(tmp_path), device="cpu"),
+        HFLM(pretrained=model, tokenizer=byte_tokenizer(), device="cpu"),
+    ):
+        (found,) = measured.loglikelihood([request("The apple on its branch", " falls")])
+        assert found[0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_own_models_that_continue_no_text_are_refused(tmp_path: Path) -> None:
