@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "experiments")]
 
 import geolip_tables  # noqa: E402
+import lean_tables  # noqa: E402
 import lgt_experiment_tables  # noqa: E402
 import lgt_tables  # noqa: E402
 import ngt_tables  # noqa: E402
@@ -427,6 +428,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lgt-language-model": lambda: lgt_experiment_tables.language_model_text(RESULTS),
     **ngt_tables.tables(RESULTS, BENCHMARKS),
     **geolip_tables.tables(RESULTS),
+    **lean_tables.tables(BENCHMARKS, RESULTS),
     "parallel": parallel,
     "formats": formats,
     "space": space,

@@ -13,8 +13,8 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from queue import Empty, Queue
-from typing import Any
+from queue import Empty
+from typing import Any, TextIO
 
 Run = dict[str, Any]
 
@@ -99,8 +99,11 @@ def _do(
     gpus: int,
     deadline: float,
 ) -> None:
+    if not workers:
+        _do_here(todo, work, results, deadline)
+        return
     context = multiprocessing.get_context("spawn")
-    queue, answers = (context.Queue(), context.Queue()) if workers else (Queue(), Queue())
+    queue, answers = context.Queue(), context.Queue()
     for run in todo:
         queue.put(run)
     for _ in range(workers):
@@ -111,10 +114,7 @@ def _do(
     ]
     for process in processes:
         process.start()
-    if not workers:
-        queue.put(None)
-        _serve(None, gpus, work, queue, answers, deadline)
-    working, started = max(workers, 1), time.time()
+    working, started = workers, time.time()
     with results.open("a", encoding="utf-8") as file:
         while working:
             try:
@@ -131,25 +131,43 @@ def _do(
             if "error" in answer:
                 print(f"{answer['id']} FAILED: {answer['error']}", flush=True)
                 continue
-            file.write(json.dumps(answer) + "\n")
-            file.flush()
-            print(f"[{time.time() - started:6.0f} s] {answer['id']}: {_brief(answer)}", flush=True)
+            _keep(answer, file, started)
     for process in processes:
         process.join()
 
 
+def _do_here(
+    todo: list[Run], work: Callable[[Run], dict[str, Any]], results: Path, deadline: float
+) -> None:
+    """In this process; what is done is on the disk before the next run starts."""
+    started = time.time()
+    with results.open("a", encoding="utf-8") as file:
+        for run in todo:
+            if time.time() >= deadline:
+                return
+            try:
+                _keep({"id": run["id"], "run": run, **work(run)}, file, started)
+            except Exception:
+                print(f"{run['id']} FAILED: {traceback.format_exc()}", flush=True)
+
+
+def _keep(answer: dict[str, Any], file: TextIO, started: float) -> None:
+    file.write(json.dumps(answer) + "\n")
+    file.flush()
+    print(f"[{time.time() - started:6.0f} s] {answer['id']}: {_brief(answer)}", flush=True)
+
+
 def _serve(
-    number: int | None,
+    number: int,
     gpus: int,
     work: Callable[[Run], dict[str, Any]],
     queue: Any,
     answers: Any,
     deadline: float,
 ) -> None:
-    if number is not None:
-        # Read when CUDA starts, which is later than this. Of those that this process may see.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus] if gpus else ""
+    # Read when CUDA starts, which is later than this. Of those that this process may see.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus] if gpus else ""
     while (run := queue.get()) is not None and time.time() < deadline:
         try:
             answers.put({"id": run["id"], "run": run, **work(run)})

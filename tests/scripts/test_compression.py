@@ -1,0 +1,79 @@
+"""The experiment on maps of low rank: arms that are comparable, resumable, without paths."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
+MODULES = ("compression", "compression_arms", "lean_hosts", "geolip_runs", "pool")
+
+
+def _forget() -> None:
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The whole experiment on one tiny host: its command, and what it wrote."""
+    folder = tmp_path_factory.mktemp("compression")
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {i} of {i % 7}\n" for i in range(6000)))
+    command = ["--quick", "--seeds", "0", "--data", f"lines={text}", "--hosts", str(folder)]
+    command += ["--energies", "0.9", "--controls", "0.9"]
+    command += ["--runs", str(folder / "runs"), "--out", str(folder / "out.json")]
+    _forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXPERIMENTS))
+        module = importlib.import_module("compression")
+        module.main(command)
+        content = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+        yield {"command": command, "folder": folder, "content": content, "module": module}
+    _forget()
+
+
+def test_both_ways_to_factorise_have_the_same_ranks(experiment: dict[str, Any]) -> None:
+    runs = {run["arm"]: run for run in experiment["content"]["runs"]}
+    assert list(runs) == ["dense", "weighted", "plain", "control"]
+    assert runs["weighted"]["ranks"] == runs["plain"]["ranks"]
+    assert runs["weighted"]["summary"]["energy_min"] >= 0.9
+    assert runs["weighted"]["loss"] != runs["plain"]["loss"]
+    assert runs["dense"]["loss"] == runs["dense"]["host_loss"]
+
+
+def test_the_control_is_dense_and_as_large(experiment: dict[str, Any]) -> None:
+    runs = {run["arm"]: run for run in experiment["content"]["runs"]}
+    assert runs["control"]["parameters"] == pytest.approx(runs["weighted"]["parameters"], rel=0.1)
+    assert runs["control"]["parameters"] < 0.9 * runs["dense"]["parameters"]
+    assert "ranks" not in runs["control"]
+
+
+def test_rows_say_what_was_lost_and_saved(experiment: dict[str, Any]) -> None:
+    rows = {row["arm"]: row for row in experiment["content"]["rows"]}
+    runs = {run["arm"]: run for run in experiment["content"]["runs"]}
+    plain, dense = runs["plain"], runs["dense"]
+    assert rows["plain"]["change"]["median"] == plain["loss"] - dense["loss"]
+    assert rows["plain"]["healed_change"]["median"] == plain["healed_loss"] - dense["healed_loss"]
+    assert rows["plain"]["layers_smaller"]["median"] > rows["plain"]["smaller"]["median"] > 1
+    assert all(run["healed_loss"] != run["loss"] and run["seconds"] > 0 for run in runs.values())
+
+
+def test_what_is_done_is_not_done_again_and_no_path_is_kept(
+    experiment: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment["module"].main(experiment["command"])
+    assert "0 runs to do, 4 done before" in capsys.readouterr().out
+    again = json.loads((experiment["folder"] / "out.json").read_text(encoding="utf-8"))
+    assert again == experiment["content"]
+    assert str(experiment["folder"]) not in json.dumps(again)
+
+
+def test_a_quick_run_is_not_kept_as_a_result(experiment: dict[str, Any]) -> None:
+    with pytest.raises(SystemExit):
+        experiment["module"].main(["--quick"])
