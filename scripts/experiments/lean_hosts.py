@@ -65,7 +65,7 @@ def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, inner: int) -> d
 
 
 PRESETS = {
-    "gpu": Preset(_sizes(384, 8, 6, 2, 1024), 8192, (Stage(1200, 32, 1024), Stage(300, 4))),
+    "gpu": Preset(_sizes(384, 8, 6, 2, 1024), 8192, (Stage(800, 32, 1024), Stage(200, 4))),
     "cpu": Preset(_sizes(256, 4, 4, 2, 768), 4096, (Stage(400, 8, 256), Stage(8, 2)), 3e-3),
     "quick": Preset(_sizes(32, 2, 4, 2, 64), 256, (Stage(12, 8, 64), Stage(4, 2)), 4e-3),
 }
