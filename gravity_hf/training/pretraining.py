@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -81,6 +82,7 @@ def pretrain(
     """
     if training.max_steps <= 0:
         raise ValueError(f"--max_steps: expected a positive number, got {training.max_steps}")
+    arguments = _with_content(arguments)
     rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     order = training.seed if training.data_seed is None else training.data_seed
     train = RandomWindows(stream.train, training.max_steps * rows, arguments.length, order)
@@ -135,6 +137,13 @@ def pretrain(
         report = measure_attention(model, [batch], progress=False)
         record["attention"] = {"summary": report.summary(), "heads": list(report.rows)}
     return PretrainResult(model, record)
+
+
+def _with_content(arguments: PretrainArguments) -> PretrainArguments:
+    """With settings of governed training in place of the name of their file, which may change."""
+    content = read_settings(arguments.governed_settings)
+    text = json.dumps(content, sort_keys=True) if content else ""
+    return dataclasses.replace(arguments, governed_settings=text)
 
 
 def _governed(arguments: PretrainArguments, training: TrainingArguments) -> GovernedTraining | None:
@@ -198,6 +207,10 @@ def _claim_folder(
     file = folder / SETTINGS_FILE
     if checkpoints_of(folder):
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if known is not None:
+            # A run from before there was a setting has had its default.
+            defaults = {one.name: one.default for one in dataclasses.fields(arguments)}
+            known["arguments"] = defaults | known.get("arguments", {})
         if known != settings:
             raise ValueError(
                 f"--output_dir: expected a new folder or one with checkpoints of this very run, "

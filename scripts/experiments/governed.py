@@ -1,6 +1,6 @@
 """Does governed training pay? Against plain training: same data, order, steps and start.
 
-    python scripts/experiments/governed.py                       # small models, one CPU core
+    python scripts/experiments/governed.py              # small models, 20 minutes of a CPU core
     python scripts/experiments/governed.py --arms plain governed --models llama
     python scripts/experiments/governed.py --preset gpu --device cuda   # minutes, fewer arms
     python scripts/experiments/governed.py --quick               # to try
@@ -9,13 +9,16 @@ A LeanFormer and a Llama are trained on the Python standard library's source, fr
 `governed`: groups of weights that have converged are frozen, levels begin one after another, one
 budget shares the rates. Ablations leave one of the three out, or all but one; `defaults` has the
 library's thresholds in place of those under which groups converge within so short a run. Controls
-are plain: `rate_matched` has the average rate of `governed`; `random_freezing` saves as much
-backward arithmetic by a schedule drawn at random; `equal_flops` and `equal_time` have as many steps
-as its arithmetic, or its time, is enough for, with a schedule of rates that ends there.
+are plain: `rate_matched` has the average rate of `governed`, `budget_rate_matched` that of
+`rates_only`; `random_freezing` saves as much backward arithmetic as `governed` by a schedule drawn
+at random; `equal_flops` and `equal_time` have as many steps as its arithmetic, or its time, is
+enough for, with a schedule of rates that ends there.
 
 Arithmetic is counted by torch's FlopCounterMode for every set of groups that learned, probes of
-frozen groups included; forward and backward. Time is that of training alone, one run after another.
-Results of single runs are in --out and not made again.
+frozen groups included; forward and backward. Time is that of training alone, one run after another;
+on a CPU that of the process, so that other work there adds little to it.
+Results of single runs are in --out and not made again: a command that was stopped, or was given
+some --arms, --models or --seeds, is gone on with by the next one, and the summary has them all.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import functools
 import json
 import os
 import tempfile
+import time
 from typing import Any
 
 from geolip_runs import RESULTS, add_options, finish, named, show
@@ -32,7 +36,6 @@ from governed_arithmetic import LateFreezing, counter_of
 from governed_arms import (
     ARMS,
     FEW_ARMS,
-    GOVERNED,
     MATCHED,
     MODELS,
     PLAIN,
@@ -41,17 +44,18 @@ from governed_arms import (
     settings_of,
 )
 from governed_report import governed_summary, governed_table
-from pool import run_all, training_arguments
+from pool import read_results, run_all, training_arguments
 
 NAME = "governed"
 SEEDS = (0, 1, 2)
 
 
 def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs that depend on no other, seeds outermost: what is cut off can be compared."""
-    free = [arm for arm in options.arms if arm not in MATCHED]
-    if any(arm in MATCHED for arm in options.arms):
-        free = [PLAIN, GOVERNED, *(arm for arm in free if arm not in (PLAIN, GOVERNED))]
+    """Runs that depend on no other, seeds outermost."""
+    matched = [MATCHED[arm] for arm in options.arms if arm in MATCHED]
+    needed = [PLAIN, *matched] if matched else []
+    asked = [arm for arm in options.arms if arm not in MATCHED]
+    free = list(dict.fromkeys([*needed, *asked]))
     return [
         _run(options, model, arm, seed)
         for seed in options.seeds or SEEDS
@@ -61,7 +65,7 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def plan_matched(options: argparse.Namespace, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Controls of those governed runs that are done, with plain ones of their seed beside."""
+    """Controls of those runs that are done, with plain ones of their seed beside."""
     by = {(r["model"], r["arm"], r["seed"]): r for r in done}
     return [
         _run(options, model, arm, seed, **_matched(arm, by[one], by[other]))
@@ -70,8 +74,21 @@ def plan_matched(options: argparse.Namespace, done: list[dict[str, Any]]) -> lis
         for arm in options.arms
         if arm in MATCHED
         and (one := (model, PLAIN, seed)) in by
-        and (other := (model, GOVERNED, seed)) in by
+        and (other := (model, MATCHED[arm], seed)) in by
     ]
+
+
+def everything(
+    options: argparse.Namespace, known: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Of all results, those of the same preset and device, with whatever arms, models and seeds
+    they were asked for."""
+    seeds = sorted({result["seed"] for result in known.values()})
+    asked = {"arms": ARMS, "models": MODELS, "seeds": seeds}
+    whole = argparse.Namespace(**{**vars(options), **asked})
+    free = [known[run["id"]] for run in plan(whole) if run["id"] in known]
+    matched = [run["id"] for run in plan_matched(whole, free)]
+    return free + [known[name] for name in matched if name in known]
 
 
 def _run(
@@ -93,7 +110,7 @@ def _run(
 def _matched(arm: str, plain: dict[str, Any], governed: dict[str, Any]) -> dict[str, Any]:
     """What a control has of a governed run."""
     steps = plain["steps"]
-    if arm == "rate_matched":
+    if arm in ("rate_matched", "budget_rate_matched"):
         return {"rate": round(plain["rate"] * governed["mean_multiplier"], 9)}
     if arm == "random_freezing":
         return {"saved": round(governed["backward_saved"], 4)}
@@ -121,7 +138,7 @@ def work(run: dict[str, Any]) -> dict[str, Any]:
         governed=run["governed"] is not None,
         governed_settings="" if run["governed"] is None else json.dumps(run["governed"]),
     )
-    clock, text = Clock(), _stream(run["train_bytes"])
+    clock, text = Clock(run["device"]), _stream(run["train_bytes"])
     with tempfile.TemporaryDirectory() as folder:
         training = training_arguments(
             folder,
@@ -222,6 +239,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--arms", nargs="+", choices=ARMS, help=f"[all; --preset gpu: {' '.join(FEW_ARMS)}]")
     add("--commit", help="of the source, where it is a copy without git")
     add_options(parser, NAME)
+    # A process of its own for each seed takes longer to start than some of the runs.
+    parser.set_defaults(workers=0)
     options = parser.parse_args(arguments)
     options.arms = options.arms or list(FEW_ARMS if options.preset == "gpu" else ARMS)
     if options.quick:
@@ -231,22 +250,40 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _done(options: argparse.Namespace, seed: int, deadline: float) -> list[dict[str, Any]]:
+    """Do the runs of one seed, controls too before the next seed begins; the runs."""
+    one = argparse.Namespace(**{**vars(options), "seeds": [seed]})
+
+    def finished(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return run_all(
+            runs,
+            work,
+            options.out / "runs.jsonl",
+            workers=options.workers,
+            gpus=1 if options.device == "cuda" else 0,
+            minutes=(deadline - time.monotonic()) / 60,
+        )
+
+    free = plan(one)
+    matched = plan_matched(one, finished(free))
+    finished(matched)
+    return [*free, *matched]
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.commit:
         # Workers read it, too.
         os.environ["GRAVITY_HF_COMMIT"] = options.commit
-    runs = plan(options)
-    done = run_all(
-        runs,
-        work,
-        options.out / "runs.jsonl",
-        workers=options.workers,
-        gpus=1 if options.device == "cuda" else 0,
-        minutes=options.minutes,
-    )
-    matched = plan_matched(options, done)
-    content = finish(options, [*runs, *matched], work, governed_summary, NAME, arguments)
+    deadline, runs = time.monotonic() + 60 * options.minutes, []
+    for seed in options.seeds or SEEDS:
+        runs += _done(options, seed, deadline)
+    options.minutes = (deadline - time.monotonic()) / 60
+
+    def summary(done: list[dict[str, Any]]) -> dict[str, Any]:
+        return governed_summary(everything(options, read_results(options.out / "runs.jsonl")))
+
+    content = finish(options, runs, work, summary, NAME, arguments)
     show(*governed_table(content))
 
 

@@ -17,6 +17,7 @@ TITLES = {
     "rates_only": "the budget alone",
     "freezing_only": "freezing alone",
     "rate_matched": "plain, governed's mean rate",
+    "budget_rate_matched": "plain, the budget's mean rate",
     "random_freezing": "plain, frozen at random, as much saved",
     "equal_flops": "plain, governed's arithmetic",
     "equal_time": "plain, governed's time",

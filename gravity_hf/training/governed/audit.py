@@ -53,13 +53,13 @@ class Audit:
             self.ledger.log("governed_step", {"step": step, **line})
 
     def event(self, event: str, line: Mapping[str, Any]) -> None:
-        """At once."""
+        """Written at once, with the steps that waited."""
         self.ledger.log(event, dict(line))
+        self.ledger.flush()
 
     def checkpoint(self, step: int, folder: str, digest: str) -> None:
-        """Written through: no checkpoint is younger than its line."""
-        self.ledger.log(CHECKPOINT, {"step": step, "folder": folder, "weights": digest})
-        self.ledger.flush()
+        """Ties a checkpoint to its weights."""
+        self.event(CHECKPOINT, {"step": step, "folder": folder, "weights": digest})
 
     def check_weights(self, step: int, digest: str) -> None:
         """Raise ValueError unless the last checkpoint noted for `step` had these weights; a step

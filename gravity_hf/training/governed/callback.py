@@ -38,6 +38,7 @@ class GovernedCallback(TrainerCallback, ExportableState):
     def __init__(self, governed: GovernedTraining) -> None:
         self.governed = governed
         self.run: GovernedRun | None = None
+        self._is_on = False
         # What a resumed run starts from.
         self.progress: dict[str, Any] | None = None
         self._meter = StepMeter()
@@ -63,16 +64,28 @@ class GovernedCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.leave()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         check_training(args, model, is_routed=self.governed.router is not None)
         check_optimizer(kwargs["optimizer"], self.governed.members())
         self._sampler, self.progress = _sampler_of(loader), None
         data = ProbeData.of(loader, args)
         run = new_run(self.governed, args, state, model, Rates(kwargs["optimizer"]), data)
-        self._begin_or_go_on(run, state, model)
-        self.run = run
+        self.run, self._is_on = run, True
+        try:
+            self._begin_or_go_on(run, state, model)
+        except BaseException:
+            self.leave()
+            raise
         self._take_clipping(args)
         run.openings.open(state.global_step)
+
+    def leave(self) -> None:
+        """The model as it was before a run that has ended with an error: nothing frozen, nothing
+        routed. Nothing happens where there was none."""
+        if self.run is not None and self._is_on:
+            self.run.openings.close()
+        self._is_on = False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,8 +145,7 @@ class GovernedCallback(TrainerCallback, ExportableState):
         run = self.run
         if run is None or run.evaluations is None:
             return
-        groups = run.machines.groups
-        found = run.evaluations.evaluated(state.global_step, metrics or {}, groups)
+        found = run.evaluations.evaluated(state.global_step, metrics or {})
         run.history.regressions += [regression._asdict() for regression in found]
         self._tell("governed_regression", found)
 
@@ -157,7 +169,7 @@ class GovernedCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._running().openings.close()
+        self.leave()
         if self._clipping is not None:
             args.max_grad_norm = self._clipping[1]
             self._clipping = None

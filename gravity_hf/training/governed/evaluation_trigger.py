@@ -96,6 +96,21 @@ class EvaluationTrigger:
             self._used += 1
         return values
 
+    def record(self, metric: str, step: int, value: float) -> None:
+        """Take a value that somebody else has measured; it is as good as an evaluation.
+
+        Raises:
+            ValueError: no metric of this trigger.
+        """
+        if metric not in self.metrics:
+            raise ValueError(
+                f"EvaluationTrigger.record: expected one of {sorted(self.metrics)}, got {metric!r}"
+            )
+        self._note(metric, step, value)
+        if metric in self._due:
+            self._due.discard(metric)
+            self._used += 1
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; what `load_state_dict` takes."""
         return {
@@ -142,6 +157,10 @@ class EvaluationTrigger:
 
     def _compute(self, name: str, step: int) -> float:
         value = float(self.metrics[name]())
+        self._note(name, step, value)
+        return value
+
+    def _note(self, name: str, step: int, value: float) -> None:
         self.evaluations += 1
         self._last[name] = step
         past = self._values[name]
@@ -149,7 +168,6 @@ class EvaluationTrigger:
             self._compare(name, step, value, past)
         # A value that is no number is no best to compare with.
         self._values[name] = ([*past, value] if math.isfinite(value) else past)[-_RECENT:]
-        return value
 
     def _compare(self, name: str, step: int, value: float, past: list[float]) -> None:
         lower = self.settings.directions.get(name, "lower") == "lower"

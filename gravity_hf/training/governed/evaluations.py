@@ -38,9 +38,8 @@ class Evaluations:
     ) -> None:
         functions = dict(metrics)
         if has_data and PERPLEXITY in dependencies:
-            functions[PERPLEXITY] = self._perplexity
+            functions[PERPLEXITY] = _ask_trainer
         self.trigger = EvaluationTrigger(dependencies, functions, settings)
-        self._measured: float | None = None
 
     def changed(self, groups: Iterable[str]) -> None:
         """Their states did: what depends on them is due."""
@@ -55,9 +54,7 @@ class Evaluations:
             return True
         return False
 
-    def evaluated(
-        self, step: int, results: Mapping[str, Any], groups: Sequence[str]
-    ) -> list[Regression]:
+    def evaluated(self, step: int, results: Mapping[str, Any]) -> list[Regression]:
         """Take what Trainer's evaluation says, whoever has asked for it; regressions it shows.
 
         With several evaluation sets their mean loss counts."""
@@ -66,16 +63,13 @@ class Evaluations:
             for name, value in results.items()
             if name.startswith("eval_") and name.endswith("loss")
         ]
-        if not losses:
+        if not losses or PERPLEXITY not in self.trigger.metrics:
             return []
         known = len(self.trigger.regressions)
-        self._measured = math.exp(min(sum(losses) / len(losses), _LARGEST_EXPONENT))
-        self.changed(groups[:1])
-        self.step(step)
-        self._measured = None
+        loss = sum(losses) / len(losses)
+        self.trigger.record(PERPLEXITY, step, math.exp(min(loss, _LARGEST_EXPONENT)))
         return self.trigger.regressions[known:]
 
-    def _perplexity(self) -> float:
-        if self._measured is None:
-            raise _NotMeasuredYetError
-        return self._measured
+
+def _ask_trainer() -> float:
+    raise _NotMeasuredYetError

@@ -71,7 +71,7 @@ class GovernedTraining:
         router: settings of a `GradientRouter` by which each batch gives gradients to some groups
             only; None: to every group that learns.
         apply: what a share of the budget does: "lr" multiplies the rate, "duty" lets the group step
-            less often, "none" is only noted.
+            less often, "none" is only noted. Levels multiply rates in any case.
         freeze: False only notes that groups have converged.
         metrics: further metrics that a change makes due: functions of the model, by their names in
             the taxonomy.
@@ -129,7 +129,6 @@ class GovernedTraining:
         self.forge = forge
         self.forge_domains = dict(forge_domains or {})
         self.count_flops = count_flops
-        self._model: nn.Module | None = None
         self._groups: ParameterGroups | None = None
         self._callback: GovernedCallback | None = None
 
@@ -166,7 +165,10 @@ class GovernedTraining:
         # Late: Trainer takes seconds to import.
         from .optimizers import governed_optimizer
 
-        self._model, self._groups = model, ParameterGroups.of(model, self.groups)
+        if self._callback is not None:
+            # What it had frozen would count as never to be trained.
+            self._callback.leave()
+        self._groups = ParameterGroups.of(model, self.groups)
         return governed_optimizer(model, args, self.members(), gravity_scale), None
 
     def callback(self) -> GovernedCallback:

@@ -132,12 +132,17 @@ class GradientRouter(nn.Module):
         for row, flags in enumerate(routing.chosen.tolist()):
             names = tuple(name for name, wanted in zip(self.groups, flags, strict=True) if wanted)
             found.setdefault(names, []).append(row)
-        self.routed += routing.chosen.sum(0)
-        self.inputs += len(routing.chosen)
+        self.note(routing.chosen)
         return [MicroBatch(tuple(rows), names) for names, rows in found.items()]
 
+    def note(self, chosen: Tensor) -> None:
+        """Count the use of groups for `balance`; `[B, groups]` or `[groups]`, bool."""
+        rows = chosen.reshape(-1, len(self.groups))
+        self.routed += rows.sum(0)
+        self.inputs += len(rows)
+
     def balance(self) -> dict[str, float]:
-        """By group, the share of the inputs planned of late that were routed to it. After
+        """By group, the share of the inputs noted of late that were routed to it. After
         `balance_window` inputs the weight of the entropy follows, and counting begins anew."""
         inputs = int(self.inputs)
         shares = (self.routed / max(inputs, 1)).tolist()

@@ -86,3 +86,8 @@ class History:
 def key_of(learning: Collection[str]) -> str:
     """The name of a set of groups."""
     return "+".join(sorted(learning))
+
+
+def groups_of(key: str) -> list[str]:
+    """What `key_of` made a name of."""
+    return key.split("+") if key else []

@@ -19,6 +19,7 @@ class GroupSignal:
         gradient: root mean square of its gradient, before clipping.
         update: the length of its update over the length of its weights.
         contribution: `max(0, -<g, dw>)`, the loss that the update took away, to first order; nats.
+            `g` is the gradient before clipping.
     """
 
     gradient: float
@@ -39,6 +40,8 @@ class StepMeter:
         self._parameters: list[nn.Parameter] = []
         self._norms: list[Tensor] = []
         self._starts: list[Tensor] = []
+        # What clipping multiplied the gradients by; None: it did not.
+        self._clipped: Tensor | None = None
 
     def before(self, owned: Sequence[tuple[str, nn.Parameter]], max_norm: float | None) -> None:
         """Note the gradients that there are, then clip them together to `max_norm` (None: not).
@@ -52,8 +55,10 @@ class StepMeter:
         self._parameters = [parameter for _, parameter in found]
         gradients = self._gradients()
         self._norms = _norms(gradients)
+        self._clipped = None
         if gradients and max_norm is not None:
             total = torch.linalg.vector_norm(_row(self._norms), 2.0)
+            self._clipped = _clipping(max_norm, total)
             clip_grads_with_norm_(self._parameters, max_norm, total)
         self._starts = [parameter.detach().clone() for parameter in self._parameters]
 
@@ -68,8 +73,9 @@ class StepMeter:
             torch.dot(gradient.flatten().float(), update.flatten().float())
             for gradient, update in zip(self._gradients(), updates, strict=True)
         ]
-        columns = [self._norms, _norms(updates), _norms(weights), gains]
-        rows = torch.stack([_row(column) for column in columns]).T.tolist()
+        columns = [_row(column) for column in (self._norms, _norms(updates), _norms(weights))]
+        whole = _row(gains) if self._clipped is None else _row(gains) / self._clipped
+        rows = torch.stack([*columns, whole]).T.tolist()
         self._starts = []
         return _by_group(self._names, [p.numel() for p in self._parameters], rows)
 
@@ -84,6 +90,11 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     dtype = torch.float64 if wide else torch.float32
     return list(torch._foreach_norm(list(tensors), 2.0, dtype=dtype))
+
+
+def _clipping(max_norm: float, total: Tensor) -> Tensor:
+    """The factor of `clip_grads_with_norm_`."""
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
 
 
 def _row(scalars: Sequence[Tensor]) -> Tensor:

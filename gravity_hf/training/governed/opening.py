@@ -9,7 +9,7 @@ from torch import nn
 from .freezing import Members, freeze_all_but
 from .history import History, key_of
 from .probe import ProbeData, backward_flops, probe_gradients
-from .routing import Routing
+from .routing import BatchRouting
 from .state import Governance, StepOutcome
 
 # Sets of groups whose arithmetic is counted at most; with `apply="duty"` there may be many.
@@ -38,7 +38,7 @@ class Openings:
         data: ProbeData,
         *,
         count_flops: bool,
-        routing: Routing | None = None,
+        routing: BatchRouting | None = None,
     ) -> None:
         self.model = model
         self.members = members

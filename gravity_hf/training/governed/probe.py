@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
+from .flop_formulas import flop_counter
 from .freezing import Members, flags_kept, freeze_all_but
 
 
@@ -119,13 +119,13 @@ def backward_flops(
     model: nn.Module, members: Members, wanted: set[str], data: ProbeData
 ) -> tuple[int, int]:
     """(forward, backward): floating-point operations of matrix products, convolutions and torch's
-    attention on one batch, counted while they run; of a kernel of one's own none is known."""
+    fused attention on one batch, counted while they run; of a kernel of one's own none is known."""
     with nothing_left(model, data.seed):
         freeze_all_but(members, wanted)
         batch = data.batch(0)
-        with FlopCounterMode(display=False) as forward:
+        with flop_counter() as forward:
             loss = loss_of(model, batch)
-        with FlopCounterMode(display=False) as backward:
+        with flop_counter() as backward:
             _gradients(loss, {name: members[name] for name in wanted})
     return forward.get_total_flops(), backward.get_total_flops()
 

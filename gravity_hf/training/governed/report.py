@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .history import History, key_of
+from .history import History, groups_of, key_of
 from .state import Governance
 
 
@@ -19,9 +19,9 @@ def report_of(
 
     `groups` has, for each: `parameters`, `state`, `steps` with a gradient, the mean `multiplier` of
     its rate over all steps of the run, its `allocation` now. `mean_multiplier`: the same over all
-    weights. `learned`: sets of groups that got gradients together, with their steps. `flops`: see
-    `flops_of`. `captured`: what the router foresaw. `samples`: what the sampler has counted, where
-    it counts.
+    weights. `floor_infeasible`: the floors exceed the budget now, and have shrunk. `learned`: sets
+    of groups that got gradients together, with their steps. `flops`: see `flops_of`. `captured`:
+    what the router foresaw. `samples`: what the sampler has counted, where it counts.
     """
     steps = max(history.steps, 1)
     budget = machines.budget
@@ -39,9 +39,10 @@ def report_of(
             for name in machines.groups
         },
         "mean_multiplier": mean_multiplier(history, sizes),
+        "floor_infeasible": budget is not None and budget.floor_infeasible,
         "flops": flops_of(machines, history),
         "learned": [
-            {"groups": key.split("+"), "steps": count}
+            {"groups": groups_of(key), "steps": count}
             for key, count in sorted(history.flops_steps.items())
         ],
         "changes": list(history.changes),

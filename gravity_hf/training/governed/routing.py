@@ -21,7 +21,7 @@ _ROWS = 8
 _EPOCHS = 20
 
 
-class Routing:
+class BatchRouting:
     """Routes each batch by its embeddings, before the rest of the forward: groups that it is not
     routed to get no gradients, and their part of the backward is not done.
 
@@ -51,7 +51,9 @@ class Routing:
         # Groups that learn now, and those of them that a batch of this step was routed to.
         self.open: set[str] = set(members)
         self.routed: set[str] = set()
-        self._hook = self.embeddings.register_forward_hook(self._route)
+        self._is_probing = False
+        # Before: the embeddings themselves are one of the groups.
+        self._hook = self.embeddings.register_forward_pre_hook(self._route, with_kwargs=True)
 
     def begin(self, opened: set[str]) -> None:
         """A step in which at most these groups learn."""
@@ -64,6 +66,7 @@ class Routing:
     def fit(self, step: int) -> dict[str, float]:
         """Fit the router to a probe; which share of the gradients it had captured before, beside
         the best choice and one at random."""
+        self.router.balance()
         hidden, shares = self._probe(step)
         with torch.no_grad():
             before = captured(self.router(hidden).chosen, shares)
@@ -84,17 +87,18 @@ class Routing:
         """Go on from `state`."""
         self.router.load_state_dict(load(base64.b64decode(state["router"])))
 
-    def _route(self, module: nn.Module, given: Any, hidden: Tensor) -> None:
+    def _route(self, module: nn.Module, given: Any, named: Any) -> None:
         if not (self.model.training and torch.is_grad_enabled()) or self._is_probing:
             return
         with torch.no_grad():
-            scores = mean_over_processes(self.router(hidden).scores.mean(0))
-        best = scores.topk(self.router.active).indices.tolist()
-        chosen = {self.router.groups[i] for i in best} & self.open or self.open
+            # Not called as a module: that would route again.
+            scores = self.router(module.forward(*given, **named)).scores
+            scores = mean_over_processes(scores.mean(0))
+            best = scores.topk(self.router.active).indices
+            self.router.note(torch.zeros_like(scores, dtype=torch.bool).scatter_(0, best, True))
+        chosen = {self.router.groups[i] for i in best.tolist()} & self.open or self.open
         self.routed |= chosen
         freeze_all_but(self.members, chosen, drop=False)
-
-    _is_probing = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from .history import History
 from .opening import Openings
 from .optimizers import Rates
 from .probe import ProbeData, random_devices
-from .routing import Routing
+from .routing import BatchRouting
 from .state import Governance
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ def new_run(
     history = History()
     machines = governed.machines(state.max_steps)
     members = governed.members()
-    routing = None if governed.router is None else Routing(model, members, governed.router, data)
+    routing = (
+        None if governed.router is None else BatchRouting(model, members, governed.router, data)
+    )
     openings = Openings(
         model,
         members,

@@ -80,7 +80,8 @@ class GovernorSettings:
         for name in ("reactivation_probes", "reactivation_warmup", "probe_interval"):
             _at_least(self, name, 1)
         _fraction(self, "ema_decay", below_one=True)
-        _positive(self, "cold_floor", "converged_threshold", "reactivation_delta")
+        _positive(self, "cold_floor", "reactivation_delta")
+        _positive(self, "converged_threshold", "cooling_threshold", "resume_threshold")
         if self.update_threshold is not None:
             _positive(self, "update_threshold")
         _ordered(self, "converged_threshold", "cooling_threshold", "resume_threshold")
@@ -156,7 +157,7 @@ class BudgetSettings:
         _ordered(self, "least_multiplier", "most_multiplier")
         _at_least(self, "eval_window", 1)
         for name in ("alpha", "beta", "gamma"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise _wrong(self, name, "a number from 0 to 1", getattr(self, name))
 
 
@@ -216,7 +217,7 @@ class EvaluationSettings:
             _at_least(self, "staleness_steps", 1)
         _positive(self, "regression_threshold")
         for metric, value in self.importance.items():
-            if not 0 <= value < math.inf:
+            if not (_is_number(value) and 0 <= value < math.inf):
                 raise _wrong(self, f"importance[{metric!r}]", "0 or more", value)
         for metric, direction in self.directions.items():
             if direction not in ("lower", "higher"):
@@ -252,7 +253,8 @@ class RouterSettings:
             _at_least(self, "max_active_groups", 1)
         _positive(self, "entropy_boost")
         _fraction(self, "utilization_floor", zero=True)
-        if not 0 <= self.entropy_coefficient <= 1:
+        coefficient = self.entropy_coefficient
+        if not (_is_number(coefficient) and 0 <= coefficient <= 1):
             raise _wrong(self, "entropy_coefficient", "from 0 to 1", self.entropy_coefficient)
 
 
@@ -284,6 +286,10 @@ def _wrong(settings: object, name: str, expected: str, got: object) -> ValueErro
     return ValueError(f"{type(settings).__name__}.{name}: expected {expected}, got {got!r}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _at_least(settings: object, name: str, least: int) -> None:
     value = getattr(settings, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -292,13 +298,18 @@ def _at_least(settings: object, name: str, least: int) -> None:
 
 def _positive(settings: object, *names: str) -> None:
     for name in names:
-        if not 0 < getattr(settings, name) < math.inf:
-            raise _wrong(settings, name, "a finite number above 0", getattr(settings, name))
+        value = getattr(settings, name)
+        if not (_is_number(value) and 0 < value < math.inf):
+            raise _wrong(settings, name, "a finite number above 0", value)
 
 
 def _fraction(settings: object, name: str, *, zero: bool = False, below_one: bool = False) -> None:
     value = getattr(settings, name)
-    if not (0 <= value <= 1) or (value == 0 and not zero) or (value == 1 and below_one):
+    if (
+        not (_is_number(value) and 0 <= value <= 1)
+        or (value == 0 and not zero)
+        or (value == 1 and below_one)
+    ):
         start = "0" if zero else "above 0"
         raise _wrong(settings, name, f"{start} to {'below ' if below_one else ''}1", value)
 

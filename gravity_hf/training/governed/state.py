@@ -44,7 +44,7 @@ class Governance:
         budget: None: every group has the rate that is scheduled.
         freeze: whether converged groups stop learning; False only notes that they would.
         apply: what a share of the budget does: "lr" multiplies rates, "duty" lets a group step
-            less often, "none" is noted and nothing more.
+            less often, "none" is noted and nothing more. Levels multiply rates in any case.
     """
 
     def __init__(
@@ -100,12 +100,10 @@ class Governance:
     def multipliers(self, step: int) -> dict[str, float]:
         """Factors of the scheduled rates at the step number `step`, 0-based; 0: does not learn."""
         factors = {name: 1.0 if name in self.learning() else 0.0 for name in self.groups}
-        if self.apply != "lr":
-            return factors
         if self.hierarchy is not None:
             levels = self.hierarchy.multipliers(step)
             factors = {name: factor * levels[name] for name, factor in factors.items()}
-        if self.budget is not None:
+        if self.budget is not None and self.apply == "lr":
             shares = self.budget.multipliers()
             # A converged group that is not frozen has no share to be multiplied by.
             factors = {n: factor * (shares[n] or 1.0) for n, factor in factors.items()}

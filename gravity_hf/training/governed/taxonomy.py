@@ -138,8 +138,12 @@ def _rule(entry: Mapping[str, Any]) -> GroupRule:
     order = entry.get("expected_convergence_order", "mid")
     if order not in _ORDERS:
         raise ValueError(f"expected_convergence_order: expected one of {_ORDERS}, got {order!r}")
+    name = str(entry["group_id"])
+    if not name or "+" in name:
+        # Reports join the names of groups by it.
+        raise ValueError(f"group_id: expected a name without '+', got {name!r}")
     return GroupRule(
-        name=str(entry["group_id"]),
+        name=name,
         level=int(entry["hierarchy_level"]),
         description=str(entry.get("description", "")),
         patterns=tuple(entry["tensor_patterns"]),

@@ -123,3 +123,25 @@ def test_a_metric_without_dependencies_is_refused() -> None:
         EvaluationTrigger({}, {"perplexity": constant()})
     with pytest.raises(ValueError, match="directions"):
         EvaluationSettings(directions={"perplexity": "up"})
+
+
+def test_a_value_that_was_measured_elsewhere_makes_nothing_else_due() -> None:
+    one = trigger(max_evaluations_per_window=2, staleness_steps=None)
+    one.record("perplexity", 1, 3.0)
+    assert one.due == frozenset() and one.evaluations == 1
+    # What was due is done by it, and counts in the window.
+    one.notify("gates")
+    assert one.due == {"perplexity", "attention_sparsity"}
+    one.record("perplexity", 2, 3.0)
+    assert set(one.step(3)) == {"attention_sparsity"}
+    one.notify("norms")
+    assert one.step(4) == {} and one.due == {"perplexity", "adaptive_depth"}
+    with pytest.raises(ValueError, match="expected one of"):
+        one.record("speed", 1, 0.0)
+
+
+def test_values_measured_elsewhere_show_regressions() -> None:
+    one = trigger(regression_window=2)
+    for step, value in enumerate([1.0, 2.0, 2.0]):
+        one.record("perplexity", step, value)
+    assert [regression.step for regression in one.regressions] == [2]

@@ -233,9 +233,10 @@ def test_what_is_no_partition_is_named(patterns: tuple[list[str], ...], named: s
         {},
         {**_registry(("a", 0, ["*"])), "version": "9"},
         _registry(("a", 0, ["*"]), ("a", 1, ["x"])),
+        _registry(("a+b", 0, ["*"])),
         {**_registry(("a", 0, ["*"])), "metric_dependency_map": {"perplexity": ["b"]}},
     ],
-    ids=["empty", "version", "twice", "stranger"],
+    ids=["empty", "version", "twice", "joined", "stranger"],
 )
 def test_what_is_no_taxonomy_is_refused(content: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):

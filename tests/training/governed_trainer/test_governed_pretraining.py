@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,33 @@ def test_a_stopped_run_goes_on_to_the_same_model(
     assert [name for name in other if not torch.equal(one[name], other[name])] == []
     assert result.record["governance"] == whole["result"].record["governance"]
     assert verify(tmp_path / "governed.jsonl").ok
+
+
+def test_a_run_from_before_there_were_settings_goes_on(
+    whole: dict[str, Any], stream: TokenStream, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole["folder"], tmp_path / "copy")
+    file = folder / "pretrain_settings.json"
+    settings = json.loads(file.read_text())
+    del settings["arguments"]["projector_interval"]
+    file.write_text(json.dumps(settings))
+    again = run(folder, stream)
+    assert again.record["governance"] == whole["result"].record["governance"]
+    with pytest.raises(ValueError, match="governed: True, now False"):
+        run(folder, stream, governed=False, governed_settings="")
+
+
+def test_a_settings_file_that_has_changed_is_another_run(
+    whole: dict[str, Any], stream: TokenStream, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole["folder"], tmp_path / "copy")
+    file = tmp_path / "governed.json"
+    file.write_text(json.dumps(SETTINGS, indent=2))
+    same = run(folder, stream, governed_settings=str(file)).record
+    assert json.loads(same["arguments"]["governed_settings"]) == SETTINGS
+    file.write_text(json.dumps({**SETTINGS, "freeze": False}))
+    with pytest.raises(ValueError, match="checkpoints of a run with other settings"):
+        run(folder, stream, governed_settings=str(file))
 
 
 def test_settings_that_do_not_fit_are_said_before_a_folder_is_claimed(

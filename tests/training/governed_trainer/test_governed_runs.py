@@ -32,9 +32,13 @@ from gravity_hf.training.governed import (
     ForgeGateSettings,
     GovernorSettings,
     HierarchySettings,
+    ParameterGroups,
     RouterSettings,
 )
 from gravity_hf.training.governed.data import RescoringCallback, Tier, TieredSampler
+from gravity_hf.training.governed.freezing import freeze_all_but
+from gravity_hf.training.governed.probe import ProbeData, loss_of
+from gravity_hf.training.governed.routing import BatchRouting
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 16}
 # Groups converge, are probed and awaken within the run.
@@ -237,6 +241,24 @@ def test_a_batch_gives_gradients_to_the_groups_it_is_routed_to(tmp_path):
     # Afterwards batches are not routed any more.
     model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_embeddings_learn_from_every_batch_that_is_routed_to_them():
+    """Once they were frozen for all batches of a step after one that was not routed to them."""
+    model = tiny_llama()
+    members = {group.name: group.trained_parameters for group in ParameterGroups.of(model)}
+    data = ProbeData(RandomText(), torch.utils.data.default_collate, 2, 0, torch.device("cpu"))
+    routing = BatchRouting(model, members, RouterSettings(max_active_groups=2), data)
+    routing.begin(set(members))
+    bias = {"embeddings": 100.0, "output_head": 50.0}
+    with torch.no_grad():
+        routing.router.up.bias.copy_(torch.tensor([bias.get(name, -100.0) for name in members]))
+    freeze_all_but(members, {"output_head"})
+    loss_of(model, data.batch(0)).backward()
+    assert routing.routed == {"embeddings", "output_head"}
+    assert model.model.embed_tokens.weight.grad is not None
+    assert int(routing.router.inputs) == 1 and int(routing.router.routed.sum()) == 2
+    routing.close()
 
 
 def test_facts_wait_until_their_groups_have_settled(tmp_path):

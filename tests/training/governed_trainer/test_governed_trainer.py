@@ -164,6 +164,8 @@ def test_duty_spends_the_budget_on_steps_in_place_of_rates(tmp_path):
     watch = watched(governed, tiny_llama(), tmp_path, max_steps=12)
     steps = {name: group["steps"] for name, group in governed.report()["groups"].items()}
     assert min(steps.values()) < 12 == max(steps.values())
+    for group in governed.report()["groups"].values():
+        assert group["multiplier"] == pytest.approx(group["steps"] / 12)
     assert all(rate == 1.0 for step in watch.steps for rate in step["rates"].values())
 
 
@@ -173,6 +175,48 @@ def test_apply_none_notes_shares_and_leaves_rates_alone(tmp_path):
     assert all(rate == 1.0 for step in watch.steps for rate in step["rates"].values())
     shares = {group["allocation"] for group in governed.report()["groups"].values()}
     assert len(shares) > 1
+
+
+def test_the_report_says_where_floors_do_not_fit(tmp_path):
+    for floor, expected in ((0.02, False), (0.3, True)):
+        budget = BudgetSettings(floor_fraction=floor)
+        governed = small(budget=budget, hierarchy=None)
+        governed_trainer(governed, tiny_llama(), tmp_path, max_steps=1).train()
+        assert governed.report()["floor_infeasible"] is expected
+
+
+def test_a_step_without_any_gradient_is_reported_as_that(tmp_path):
+    class Drop(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                kwargs["model"].zero_grad()
+
+    governed = small(hierarchy=None, count_flops=True)
+    governed_trainer(governed, tiny_llama(), tmp_path, Drop(), max_steps=3).train()
+    report = governed.report()
+    assert report["skipped_steps"] == 1
+    assert {"groups": [], "steps": 1} in report["learned"]
+    assert report["flops"]["backward_saved"] == pytest.approx(1 / 3)
+
+
+def test_levels_multiply_rates_whatever_the_budget_does(tmp_path):
+    levels = HierarchySettings(lr_multipliers={0: 3.0}, warmup_steps=4, patience_fraction=0.25)
+    for apply in ("duty", "none"):
+        governed = small(apply=apply, hierarchy=levels)
+        watch = watched(governed, tiny_llama(), tmp_path / apply, max_steps=4)
+        rates = [step["rates"]["embeddings"] for step in watch.steps]
+        assert rates == pytest.approx([3.0, 2.5, 2.0, 1.5])
+
+
+def test_what_a_group_takes_from_the_loss_does_not_depend_on_clipping(tmp_path):
+    def gains(limit):
+        governed = small(budget=None, hierarchy=None)
+        # AdamW's first step is the same for a gradient of any length.
+        options = {"max_grad_norm": limit, "max_steps": 1, "adam_epsilon": 1e-15}
+        governed_trainer(governed, tiny_llama(), tmp_path, **options).train()
+        return governed.callback().run.machines.contribution.averages
+
+    assert gains(1e-1) == pytest.approx(gains(1e3), rel=1e-3)
 
 
 def test_gradients_are_clipped_at_trainer_s_limit(tmp_path):
@@ -304,7 +348,20 @@ def test_a_run_whose_groups_have_all_converged_ends(tmp_path):
     assert states == {"CONVERGED"}
 
 
-@pytest.mark.parametrize("wrong", [{"governor": {}}, {"budget": {"master": 2}}, {"apply": "all"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"governor": {}},
+        {"budget": {"master": 2}},
+        {"apply": "all"},
+        {"governors": {"ema_decay": "0.9"}},
+        {"governors": {"cooling_threshold": float("nan")}},
+        {"budget": {"alpha": "much"}},
+        {"hierarchy": {"emergency_fraction": True}},
+        {"evaluation": {"importance": {"perplexity": "high"}}},
+        {"router": {"entropy_coefficient": None}},
+    ],
+)
 def test_settings_that_are_not_there_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         GovernedTraining.from_dict(wrong)
