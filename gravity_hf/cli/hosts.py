@@ -24,7 +24,7 @@ def load_host(
     import transformers
 
     from ..hub.own_models import is_own_config
-    from ..integration.loading import model_class_of
+    from ..integration.loading import load_host_or_gravity
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {list(DTYPES)}, got {dtype!r}")
@@ -51,7 +51,7 @@ def load_host(
             f"it with: gravity-hf status {name}"
         )
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = model_class_of(config).from_pretrained(name, dtype=kind, **options)
+    model = load_host_or_gravity(name, dtype=kind, **options)
     return (model if "device_map" in options else model.to(device)).eval()
 
 

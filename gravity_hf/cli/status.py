@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..hub.file_names import CALIBRATION_FILE
 from ..hub.tensor_files import read_json
+from ..integration.factorized_folder import KEY as LOW_RANK_KEY
 from .console import make_console
 
 
@@ -51,6 +52,7 @@ def _show_gravity_model(console: Console, directory: Path, config: dict[str, Any
     architecture = (config.get("architectures") or [config.get("model_type")])[0]
     console.print(_title(directory, f"gravity model, {architecture}"))
     _show_gravity(console, directory, config["gravity"])
+    _show_ranks(console, config)
     console.print(f"  next: {_next_step(directory, architecture)}", markup=False)
 
 
@@ -109,12 +111,23 @@ def _show_calibration(console: Console, directory: Path) -> None:
 def _show_plain_model(console: Console, directory: Path, config: dict[str, Any]) -> None:
     kind = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
     console.print(_title(directory, f"{kind} with its own attention, not a gravity model"))
+    _show_ranks(console, config)
     if (directory / "gravity_mass_log.pt").is_file():
         console.print(
             "  gravity_mass_log.pt lies beside it: apply those masses in Python with "
             "gravity_hf.load_gravity_mass_log"
         )
     console.print(f"  to convert it: gravity-hf convert {directory} OUT", markup=False)
+
+
+def _show_ranks(console: Console, config: dict[str, Any]) -> None:
+    """Of a factorised host: how many maps, and that nothing else loads it."""
+    ranks = (config.get(LOW_RANK_KEY) or {}).get("ranks")
+    if ranks:
+        console.print(
+            f"  {len(ranks)} maps of low rank, {min(ranks.values())} to {max(ranks.values())}: "
+            "load it with gravity_hf.load_factorized; transformers alone refuses it"
+        )
 
 
 def _show_adapter(console: Console, directory: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import GravityConfig
 from ..integration.autos import MODEL_TYPE_PREFIX
+from ..integration.factorized_folder import KEY as LOW_RANK_KEY
 from ..integration.guards import EXPORT_NAME, GRAVITY_LORA, WEIGHTS_KEY
 from ..integration.hosts import make_child, select_sites
 from ..integration.remote_code import REMOTE_CODE_MODULE
@@ -68,6 +69,13 @@ def _check_model(folder: Path) -> None:
     if is_own_folder(folder):
         _check_own_model(folder)
         return
+    if values.get(LOW_RANK_KEY) is not None:
+        raise ValueError(
+            f"{folder}: expected a model that an Auto class loads, got one with maps of low rank "
+            f"(config.{LOW_RANK_KEY}), which gravity_hf.load_factorized alone does, and which no "
+            "card is made for. Upload the folder that save_factorized writes as it is, with a "
+            "README.md of yours: huggingface_hub.upload_folder(folder_path=..., repo_id=...)"
+        )
     if not model_type.startswith(MODEL_TYPE_PREFIX):
         raise ValueError(
             f"{folder}: expected model_type {MODEL_TYPE_PREFIX}..., which software without gravity "

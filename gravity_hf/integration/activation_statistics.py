@@ -53,12 +53,22 @@ def input_second_moments(
     )
 
 
+def _reads_encoder(name: str) -> bool:
+    """Whether a map of an encoder-decoder gets tokens of the encoder: its own, and keys and values
+    that the decoder looks at."""
+    if "decoder" not in name:
+        return name != "lm_head"
+    *place, last = name.lower().split(".")
+    crosses = any(word in part for part in place for word in ("encoder_att", "encdec", "cross"))
+    return crosses and last.removesuffix("_proj") in ("k", "v", "key", "value")
+
+
 def _real_tokens_of(model: PreTrainedModel) -> Any:
     if not getattr(model.config, "is_encoder_decoder", False):
         return mask_of
 
     def real_tokens(inputs: Mapping[str, Any], name: str) -> Tensor | None:
-        if "decoder" not in name and name != "lm_head":
+        if _reads_encoder(name):
             return mask_of(inputs)
         mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
         if mask is None and "decoder_input_ids" not in inputs and isinstance(labels, Tensor):

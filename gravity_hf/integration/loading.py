@@ -34,9 +34,9 @@ def load_gravity_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTra
     """Load any gravity checkpoint; software that would run it as dot product never gets the chance.
 
     Reads, in this order: a folder or Hub repository saved from a patched model, with maps of low
-    rank or without, or from a model that is gravity by construction (LGT, the tri-model); a LoRA adapter made by `gravity_lora` (its
-    base is loaded, and patched where it is a host); a plain host with Gravity-2's
-    `gravity_mass_log.pt` (or `.safetensors`) beside it.
+    rank or without, or from a model that is gravity by construction (LGT, the tri-model); a LoRA
+    adapter made by `gravity_lora` (its base is loaded, and patched where it is a host); a plain
+    host with Gravity-2's `gravity_mass_log.pt` (or `.safetensors`) beside it.
 
     Args:
         name_or_path: local folder or Hub repository.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class InputMoments:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._leaders: dict[str, str] = {}
-        self._last: tuple[Tensor, str] | None = None
+        self._last: _Given | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> InputMoments:
@@ -94,20 +94,16 @@ class InputMoments:
         return look
 
     def _see(self, name: str, x: Tensor) -> None:
-        # `detach` makes a new tensor of the same memory, at the same version.
-        shared = self._last is not None and _same(x, self._last[0])
-        leader = self._leaders.get(name)
-        if leader is None:
-            leader = self._last[1] if shared and self._last else name
-            self._leaders[name] = leader
+        shared = self._last.leader if self._last is not None and self._last.was(x) else None
+        leader = self._leaders.setdefault(name, shared or name)
         if leader != name:
-            if not shared or self._last is None or self._last[1] != leader:
+            if shared != leader:
                 raise ValueError(
                     f"{name}: expected the inputs of {leader}, which it shared before, got others. "
                     "Measure the two apart"
                 )
             return
-        self._last = (x, name)
+        self._last = _Given(x, x._version, name)
         rows = self._rows(x, self.real_tokens(name))
         with exact_products(rows.device):
             moment = (rows.mT @ rows).double()
@@ -174,11 +170,20 @@ def mask_of(inputs: Mapping[str, Any], _: str = "") -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _same(x: Tensor, other: Tensor) -> bool:
-    return (
-        x.data_ptr() == other.data_ptr()
-        and x.shape == other.shape
-        and x.stride() == other.stride()
-        and x.dtype == other.dtype
-        and x._version == other._version
-    )
+class _Given(NamedTuple):
+    """An input, and the module that was given it first. `version` is that of then: tensors of one
+    memory share the count of changes in place, which goes on."""
+
+    x: Tensor
+    version: int
+    leader: str
+
+    def was(self, x: Tensor) -> bool:
+        """Whether `x` is this input, with the same values."""
+        return (
+            x.data_ptr() == self.x.data_ptr()
+            and x.shape == self.x.shape
+            and x.stride() == self.x.stride()
+            and x.dtype == self.x.dtype
+            and x._version == self.version
+        )

@@ -32,7 +32,6 @@ import argparse
 import json
 import random
 import shlex
-import string
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
 import torch  # noqa: E402
+from kv_needles import NEEDLE_LETTERS, copied, with_needle  # noqa: E402
 from lean_hosts import Host, add_host_options, hosts_of  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import AutoTokenizer, DynamicCache, QuantizedCache  # noqa: E402
@@ -59,7 +59,6 @@ CONTROL = "dynamic"
 NEWEST = 128
 FORGETFUL = f"newest {NEWEST} only"
 CHUNK = 64
-NEEDLE_LETTERS = 12
 
 
 def _rotated(**options: Any) -> Callable[[Any], Any]:
@@ -148,28 +147,6 @@ def losses(
             found[arm].append(row)
             bar.update()
     return found
-
-
-def with_needle(
-    window: torch.Tensor, ids_of: Callable[[str], list[int]], generator: random.Random
-) -> tuple[torch.Tensor, int]:
-    """`window` with a needle in its middle and again at its end, as long as before, and how many
-    tokens at the end are the needle asked for: its opening and its letters."""
-    name = "".join(generator.choices(string.ascii_uppercase, k=6))
-    letters = "".join(generator.choices(string.ascii_lowercase, k=NEEDLE_LETTERS))
-    opening = f"\n{name} = '"
-    line = torch.tensor(ids_of(f"{opening}{letters}'\n"))
-    question = torch.tensor(ids_of(f"{opening}{letters}"))
-    middle = len(window) // 2
-    before, after = window[: middle - len(line)], window[middle : len(window) - len(question)]
-    return torch.cat([before, line, after, question]), len(question)
-
-
-def copied(logits: torch.Tensor, question: torch.Tensor) -> int:
-    """How many of the letters at the end of `question` `[n]` are the likeliest token of `logits`
-    `[n - 1, V]` after the tokens before them."""
-    best = logits[-NEEDLE_LETTERS:].argmax(-1)
-    return int((best == question[-NEEDLE_LETTERS:]).sum())
 
 
 def copies(

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gravity_hf import factorize, load_gravity_model
 
+SMALL = ("--samples", 2, "--length", 32, "--no-figures")
+
 
 @pytest.fixture
 def low_rank(decoder: Path, tmp_path: Path) -> Path:
@@ -27,7 +29,7 @@ def test_status_says_what_loads_it(low_rank: Path) -> None:
 
 def test_it_is_converted_and_writes(low_rank: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run("convert", low_rank, out, "--no-figures", "--windows", 4)
+    result = run("convert", low_rank, out, *SMALL)
     assert result.exit_code == 0, result.output
     assert len(load_gravity_model(out).config.low_rank["ranks"]) == 14
     result = run("generate", out, "ab", "--max-new-tokens", 4)

@@ -36,3 +36,9 @@ def test_what_cannot_be_profiled_is_refused_in_one_line(decoder: Path, encoder: 
     assert refused.exit_code == 2 and "expected some of" in refused.output
     refused = run("profile", encoder, *SMALL)
     assert refused.exit_code == 2 and "causal" in refused.output
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_line(decoder: Path) -> None:
+    for device in ("cuda:77", "gpu"):
+        refused = run("profile", decoder, *SMALL, "--device", device)
+        assert refused.exit_code == 2 and "device: expected one that this" in refused.output

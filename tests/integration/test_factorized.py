@@ -63,6 +63,15 @@ def test_biases_stay_as_they_are() -> None:
     assert torch.equal(host.model.layers[1].self_attn.k_proj.bias, before)
 
 
+def test_what_is_frozen_or_in_training_stays_so() -> None:
+    host = tiny_host("llama").train()
+    host.model.layers[0].requires_grad_(False)
+    factorize(host, 0.5)
+    assert all(module.training for module in host.modules())
+    for name, parameter in host.named_parameters():
+        assert parameter.requires_grad == (not name.startswith("model.layers.0."))
+
+
 def test_ranks_of_one_host_are_given_to_another_by_name() -> None:
     first = factorize(tiny_host("llama"), 0.5, calibration=batches())
     second = factorize(tiny_host("llama"), first.ranks)
@@ -128,9 +137,14 @@ def test_padding_of_a_decoder_is_its_own() -> None:
     host, inputs = tiny_host("cross attention"), tiny_inputs("cross attention", batch=1)
     inputs["decoder_attention_mask"] = torch.ones(1, 11, dtype=torch.long)
     inputs["decoder_attention_mask"][:, 8:] = 0
-    names = ["model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"]
-    moments = input_second_moments(host, names, [inputs])
-    assert [moments.tokens(name) for name in names] == [11, 8]
+    tokens = {
+        "model.encoder.layers.0.fc1": 11,
+        "model.decoder.layers.0.fc1": 8,
+        "model.decoder.layers.0.encoder_attn.q_proj": 8,
+        "model.decoder.layers.0.encoder_attn.k_proj": 11,
+    }
+    moments = input_second_moments(host, tokens, [inputs])
+    assert {name: moments.tokens(name) for name in tokens} == tokens
 
 
 @pytest.mark.parametrize("load", [AutoModelForCausalLM, LlamaForCausalLM])
@@ -233,6 +247,15 @@ def test_unpatching_gives_back_a_factorised_host() -> None:
     before = logits(host, inputs)
     unpatch_gravity(patch_with_gravity(host))
     assert torch.equal(logits(host, inputs), before)
+
+
+def test_a_host_that_was_unpatched_is_saved_as_a_factorised_one(tmp_path: Path) -> None:
+    host = patch_with_gravity(tiny_host("llama"))
+    factorize(host, 0.6)
+    save_factorized(unpatch_gravity(host), tmp_path)
+    assert type(load_factorized(tmp_path)) is LlamaForCausalLM
+    with pytest.raises((ValueError, OSError), match=r"gravity_hf\.load_factorized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_what_was_made_sparse_afterwards_is_read_again(tmp_path: Path) -> None:

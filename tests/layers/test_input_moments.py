@@ -71,6 +71,14 @@ def test_a_module_that_nothing_reached_is_named() -> None:
         )
 
 
+def test_a_tensor_that_was_changed_in_place_is_another_input() -> None:
+    one, two, x = nn.Linear(4, 5), nn.Linear(4, 5), torch.randn(3, 4)
+    with InputMoments({"one": one, "two": two}) as moments:
+        one(x)
+        two(x.mul_(2))
+    torch.testing.assert_close(moments["two"], 4 * moments["one"])
+
+
 def test_maps_that_stop_sharing_an_input_are_refused() -> None:
     one, two, x = nn.Linear(4, 5), nn.Linear(4, 5), torch.randn(3, 4)
     with InputMoments({"one": one, "two": two}):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-MODULES = ("pool", "timing", "results", "gate", "lean_hosts", "kv_cache")
+MODULES = ("pool", "timing", "results", "gate", "lean_hosts", "kv_cache", "kv_needles")
 
 
 def _loaded(folder: str):

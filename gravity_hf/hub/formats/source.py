@@ -117,7 +117,7 @@ def load_runnable(folder: Path, **options: Any) -> PreTrainedModel:
     """The model of a folder, run by the implementation that this machine has, whichever its
     settings name; a host's stay as they are in `model.config`."""
     model = load_gravity_model(folder, **options).eval()
-    if is_own_config(model.config):
+    if is_own_config(model.config) and hasattr(model.config, "implementation"):
         model.config.implementation = "auto"
     for module in gravity_modules(model).values():
         module.config = replace(module.config, implementation="auto")

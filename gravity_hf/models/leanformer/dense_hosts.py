@@ -51,6 +51,8 @@ def check_host(host: nn.Module) -> PreTrainedModel:
         refused = "a quantised one. Load it without quantization_config"
     elif getattr(host, "peft_config", None) is not None:
         refused = "one with adapters. Merge them: model.merge_and_unload()"
+    elif changed := next((n for n, m in host.named_modules() if _is_changed(m)), None):
+        refused = f"one whose {changed} is of low rank or sparse. Start from the dense model"
     for name in map_names(host.config):
         module: Any = host.get_submodule(name)
         weight: Any = getattr(module, "weight", None)
@@ -64,6 +66,12 @@ def check_host(host: nn.Module) -> PreTrainedModel:
             f"memory, got {refused}"
         )
     return host
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether this library has put it there, or has let it leave out keys."""
+    ours = type(module).__module__.startswith(f"{__package__.partition('.')[0]}.")
+    return ours or hasattr(module, "attention_policy")
 
 
 def map_names(config: PreTrainedConfig) -> list[str]:
