@@ -20,7 +20,8 @@ def read_extras(where: str, names: Iterable[str]) -> dict[str, Tensor]:
 
     Args:
         where: folder or Hub repository, as `model.name_or_path` says; one without weights, or an
-            empty name, holds nothing.
+            empty name, holds nothing. Of a repository its main revision is read: a model does not
+            know of which one it is. Another one has to be loaded from a folder.
     """
     wanted = set(names)
     found: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from ..layers.calibration_inputs import calibration_batches
@@ -18,7 +19,7 @@ from ..layers.neuron_selection import ChoiceQuality, block_energy, choice_loss
 from ..layers.sparse_feed_forward import SparseFeedForward
 from ..layers.sparsity_policy import sparsity
 from .placement import execution_device
-from .sparse_feed_forward import PENDING, sparse_layers
+from .sparse_feed_forward import mark_fitted, sparse_layers
 
 # What a layer is shown: its inputs `[tokens, d]` of one batch, without padding.
 _Look = Callable[[str, SparseFeedForward, Tensor], None]
@@ -32,6 +33,7 @@ class PredictorFit:
     loss_before, loss_after: of the choice, ln 2 at chance.
     energy_recall: share of `h^2` that the predictors keep; random_recall: that as many blocks at
     random keep, on average; gate_recall: share of the best blocks that they find.
+    unreached: layers that no batch reached, such as those of a vision tower: they are as they were.
     """
 
     steps: int
@@ -40,6 +42,7 @@ class PredictorFit:
     energy_recall: float
     gate_recall: float
     random_recall: float
+    unreached: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, float]:
         """JSON-able."""
@@ -57,8 +60,9 @@ def fit_predictors(
 ) -> PredictorFit:
     """Train the predictors of all sparse feed-forward layers, and nothing else, in place.
 
-    The model runs dense; each batch is one step of Adam for every layer. Layers that were waiting
-    for it go over to the policy that `sparsify_feed_forward` was given.
+    The model runs dense; each batch is one step of Adam for every layer, in float32 whatever the
+    model is in. Layers that were waiting for it go over to the policy that `sparsify_feed_forward`
+    was given.
 
     Args:
         model: after `sparsify_feed_forward`, or a LeanFormer.
@@ -69,7 +73,8 @@ def fit_predictors(
         progress: True or False; None shows a bar on terminals only.
 
     Raises:
-        ValueError: a model without such layers, no batches, or epochs below 1.
+        ValueError: a model without such layers, none that a batch reaches, no batches, or epochs
+            below 1.
     """
     inputs = calibration_batches("fit_predictors", batches, tokenizer)
     layers = _layers_of(model, "fit_predictors")
@@ -78,14 +83,10 @@ def fit_predictors(
     fit = _Fit(layers, epochs * len(inputs), learning_rate)
     hidden = None if progress is None else not progress
     steps = [batch for _ in range(epochs) for batch in inputs]
-    with _trainable(fit.parameters):
-        for batch in tqdm(steps, desc="fit_predictors", unit="batch", disable=hidden):
-            _show(model, layers, batch, fit.look)
-            fit.step()
-    for layer in layers.values():
-        pending = vars(layer).pop(PENDING, None)
-        if pending is not None:
-            layer.policy = pending
+    for batch in tqdm(steps, desc="fit_predictors", unit="batch", disable=hidden):
+        _show(model, layers, batch, fit.look)
+        fit.step()
+    mark_fitted(model, fit.reached)
     return fit.report()
 
 
@@ -120,7 +121,8 @@ def calibrate_blocks(
     """Put neurons that are active together into the same blocks, in place, before
     `fit_predictors`: a block of them is needed by fewer tokens.
 
-    The model computes what it did, up to rounding. `densify_feed_forward` undoes it.
+    The model computes what it did, up to rounding. `densify_feed_forward` undoes it; of a model
+    that was saved since and loaded again it does not, since a checkpoint holds the new order.
 
     Args:
         model: after `sparsify_feed_forward`, or a LeanFormer.
@@ -147,18 +149,29 @@ def calibrate_blocks(
         if min(sum(map(len, parts)) for parts in seen.values()) < samples:
             _show(model, layers, batch, look)
     hidden = None if progress is None else not progress
-    for name, layer in tqdm(layers.items(), desc="calibrate_blocks", unit="layer", disable=hidden):
-        reorder(layer, co_active_order(torch.cat(seen[name]).T, layer.block_size))
+    reached = [name for name, parts in seen.items() if parts]
+    for name in tqdm(reached, desc="calibrate_blocks", unit="layer", disable=hidden):
+        order = co_active_order(torch.cat(seen[name]).T, layers[name].block_size)
+        reorder(layers[name], order)
 
 
 class _Fit:
-    """The optimizer of all predictors, and what they got wrong before each step."""
+    """The optimizer of all predictors, and what they got wrong before each step.
+
+    It trains float32 copies: in float16 the squares of gradients, and with them what Adam divides
+    by, are 0; in bfloat16 late steps are lost in rounding."""
 
     def __init__(self, layers: Mapping[str, SparseFeedForward], steps: int, rate: float) -> None:
-        self.parameters = [p for layer in layers.values() for p in layer.predictor.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        self.layers = layers
+        self.copies = {
+            name: {key: _copy(p) for key, p in layer.predictor.named_parameters()}
+            for name, layer in layers.items()
+        }
+        parameters = [p for copy in self.copies.values() for p in copy.values()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
         self.steps = 0
+        self.reached: dict[str, None] = {}
         self.losses: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._qualities: list[Tensor] = []
@@ -166,16 +179,29 @@ class _Fit:
 
     def look(self, name: str, layer: SparseFeedForward, x: Tensor) -> None:
         energy = block_energy(layer.neurons(x), layer.block_size)
+        copy = self.copies[name]
+        wide = x.to(next(iter(copy.values())).dtype)
         with torch.enable_grad():
-            loss = choice_loss(layer.scores(x), energy, layer.keep)
+            scores = functional_call(layer.predictor, copy, (wide,))
+            loss = choice_loss(scores, energy, layer.keep)
             loss.backward()
+        self.reached[name] = None
         self._losses.append(loss.detach())
         self._qualities.append(torch.stack(layer.quality(x)))
 
+    @torch.no_grad()
     def step(self) -> None:
+        if not self._losses:
+            raise ValueError(
+                "fit_predictors: expected batches that reach sparse feed-forward layers, got one "
+                "that reaches none. Give what the part of the model with those layers reads"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+        for name in self.reached:
+            for key, parameter in self.layers[name].predictor.named_parameters():
+                parameter.copy_(self.copies[name][key])
         self.losses.append(torch.stack(self._losses).mean())
         self.quality = ChoiceQuality(*torch.stack(self._qualities).mean(0).unbind())
         self._losses.clear()
@@ -190,20 +216,13 @@ class _Fit:
             energy_recall=float(self.quality.energy_recall),
             gate_recall=float(self.quality.gate_recall),
             random_recall=sum(self._random) / len(self._random),
+            unreached=tuple(name for name in self.layers if name not in self.reached),
         )
 
 
-@contextmanager
-def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """In a frozen model, too; frozen again afterwards."""
-    frozen = [p for p in parameters if not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+def _copy(parameter: Tensor) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.detach().to(dtype, copy=True).requires_grad_()
 
 
 @torch.no_grad()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..layers.neuron_order import restore_order
-from ..layers.sparse_feed_forward import POLICIES, SparseFeedForward, check_sizes
+from ..layers.sparse_feed_forward import POLICIES, SparseFeedForward
 from .extras import read_extras
+from .gated_layers import MAPS, gated_layers, sparse_over, what_it_has
 from .own_models import is_own_model
 from .patching import refuse_wrapped
 
@@ -20,21 +20,13 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 # Attribute of a model's config, hence key in its `config.json`.
 SETTINGS_KEY = "sparse_feed_forward"
-MAPS = ("gate_proj", "up_proj", "down_proj")
-_COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ACTIVATIONS = ("act_fn", "activation_fn", "act")
-# Maps of other kinds of layers, and why those are left alone.
-_OTHER_KINDS = {
-    "gate_up_proj": "gate and up in one map, which is not cut up",
-    "fc1": "two maps and no gate",
-    "c_fc": "two maps and no gate",
-    "dense_h_to_4h": "two maps and no gate",
-}
 # Where the host's own layer is kept, for `densify_feed_forward`: not a child, so its maps have one
 # name only.
 _HOST = "host_layer"
 # Attribute of a layer whose predictor is not fitted yet: its policy afterwards.
-PENDING = "pending_policy"
+_PENDING = "pending_policy"
+# Beside the settings in a config: names of such layers.
+_UNFITTED = "unfitted"
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,8 @@ def sparsify_feed_forward(
     `predictor`. A new predictor would choose at random, so the layers stay dense until
     `fit_predictors` has fitted them. `save_pretrained` writes predictors among the weights, which a
     plain load leaves out with a warning, and settings into `config.sparse_feed_forward`; after
-    loading, `sparsify_feed_forward(model)` reads both.
+    loading, `sparsify_feed_forward(model)` reads both. Layers that were saved before they were
+    fitted stay dense then, too.
 
     Args:
         model: with layers `down_proj(activation(gate_proj(x)) * up_proj(x))`: Llama, Qwen2, Qwen3,
@@ -111,7 +104,8 @@ def sparsify_feed_forward(
     plan = _plan(model, settings, policy, restored=saved is not None and not given)
     for name, layer in plan.layers.items():
         model.set_submodule(name, layer)
-    setattr(model.config, SETTINGS_KEY, asdict(plan.settings))
+    waiting = [name for name, layer in plan.layers.items() if _PENDING in vars(layer)]
+    setattr(model.config, SETTINGS_KEY, {**asdict(plan.settings), _UNFITTED: waiting})
     return model
 
 
@@ -143,6 +137,25 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseFeedForward]:
     return {n: m for n, m in model.named_modules() if isinstance(m, SparseFeedForward)}
 
 
+def mark_fitted(model: nn.Module, names: Iterable[str]) -> None:
+    """Layers that were waiting for their predictors go over to the policy that they were given, and
+    the config of the host notes it. `names`: of layers of `model`, under an adapter's, too."""
+    layers, names = sparse_layers(model), tuple(names)
+    for name in names:
+        pending = vars(layers[name]).pop(_PENDING, None)
+        if pending is not None:
+            layers[name].policy = pending
+    values = getattr(getattr(model, "config", None), SETTINGS_KEY, None)
+    if values is not None:
+        # The names of an adapted model end with the host's.
+        left = [
+            name
+            for name in values.get(_UNFITTED, ())
+            if not any(f".{fitted}".endswith(f".{name}") for fitted in names)
+        ]
+        setattr(model.config, SETTINGS_KEY, {**values, _UNFITTED: left})
+
+
 def feed_forward_settings(model: nn.Module) -> FeedForwardSettings | None:
     """What the config says; None where it says nothing.
 
@@ -153,12 +166,12 @@ def feed_forward_settings(model: nn.Module) -> FeedForwardSettings | None:
     if values is None:
         return None
     known = {field.name for field in fields(FeedForwardSettings)}
-    if not isinstance(values, Mapping) or set(values) - known:
+    if not isinstance(values, Mapping) or set(values) - known - {_UNFITTED}:
         raise ValueError(
             f"config.{SETTINGS_KEY}: expected {sorted(known)}, got {values!r}. The config is "
             "damaged, or of a later gravity_hf"
         )
-    return FeedForwardSettings(**values)
+    return FeedForwardSettings(**{name: values[name] for name in known & set(values)})
 
 
 def _plan(model: Any, settings: FeedForwardSettings, policy: str, *, restored: bool) -> _Plan:
@@ -178,87 +191,24 @@ def _plan(model: Any, settings: FeedForwardSettings, policy: str, *, restored: b
         "sparsify_feed_forward",
         "expected this order: load, sparsify_feed_forward, fit_predictors, LoRA, then compile",
     )
-    hosts = {n: m for n, m in model.named_modules() if _has_maps(m)}
+    hosts = gated_layers(model)
     if not hosts:
         raise ValueError(
             f"sparsify_feed_forward: expected layers with {', '.join(MAPS)}, got {name} "
-            f"{_what_it_has(model)}. Llama, Qwen2, Qwen3, Mistral and Gemma have them"
+            f"{what_it_has(model)}. Llama, Qwen2, Qwen3, Mistral and Gemma have them"
         )
-    layers = {n: _sparse(n, host, settings, policy, model.dtype) for n, host in hosts.items()}
+    layers = {}
+    for where, host in hosts.items():
+        layers[where] = sparse_over(where, host, asdict(settings), model.dtype)
+        layers[where].policy = policy
+        vars(layers[where])[_HOST] = (host,)
+    waiting = set(layers)
     if restored:
         _read_predictors(model, layers)
-    else:
-        for layer in layers.values():
-            vars(layer)[PENDING], layer.policy = layer.policy, "dense"
+        waiting &= set(getattr(model.config, SETTINGS_KEY).get(_UNFITTED, ()))
+    for name in waiting:
+        vars(layers[name])[_PENDING], layers[name].policy = policy, "dense"
     return _Plan(settings, layers)
-
-
-def _has_maps(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in MAPS)
-
-
-def _what_it_has(model: nn.Module) -> str:
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for name, reason in _OTHER_KINDS.items():
-        if name in names:
-            return f"with {name}: {reason}"
-    return "without any"
-
-
-def _sparse(
-    name: str, host: Any, settings: FeedForwardSettings, policy: str, default: torch.dtype
-) -> SparseFeedForward:
-    """The new layer over the maps of a host's, tried on random inputs."""
-    parts = [host, *(getattr(host, part) for part in MAPS)]
-    if any(hasattr(part, "_hf_hook") or part._forward_hooks for part in parts):
-        raise RuntimeError(
-            f"sparsify_feed_forward: expected {name} without hooks, got one that is dispatched "
-            "over devices or watched. Load the model on one device (no device_map)"
-        )
-    activation = next(
-        (getattr(host, a) for a in _ACTIVATIONS if callable(getattr(host, a, None))), None
-    )
-    names = ("in_features", "out_features")
-    sizes: list[Any] = [getattr(host.gate_proj, name, None) for name in names]
-    if activation is None or None in sizes:
-        raise ValueError(
-            f"sparsify_feed_forward: expected {name} with an activation and linear maps, got "
-            f"{type(host).__name__}. It has not been tried"
-        )
-    check_sizes(sizes[1], settings.block_size, settings.sparsity, settings.gate_rank)
-    layer = SparseFeedForward(
-        *(getattr(host, part) for part in MAPS),
-        activation=activation,
-        hidden_size=sizes[0],
-        intermediate_size=sizes[1],
-        **asdict(settings),
-    )
-    weight = host.gate_proj.weight
-    # Quantized weights are of a dtype that nothing else is computed in.
-    dtype = weight.dtype if weight.dtype in _COMPUTED_IN else default
-    layer.predictor.to(weight.device, dtype)
-    layer.train(host.training)
-    _try_out(name, host, layer, dtype)
-    vars(layer)[_HOST] = (host,)
-    layer.policy = policy
-    return layer
-
-
-@torch.no_grad()
-def _try_out(name: str, host: nn.Module, layer: SparseFeedForward, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, layer.hidden_size, generator=generator)
-    x = x.to(layer.predictor.down.weight.device, dtype)
-    layer.policy = "dense"
-    modes = host.training
-    host.eval()
-    expected, got = host(x), layer(x)
-    host.train(modes)
-    if not isinstance(expected, torch.Tensor) or not torch.equal(expected, got):
-        raise ValueError(
-            f"sparsify_feed_forward: expected {name} to be down(activation(gate(x)) * up(x)), got "
-            f"a {type(host).__name__} that computes something else. It stays dense"
-        )
 
 
 def _read_predictors(model: PreTrainedModel, layers: Mapping[str, SparseFeedForward]) -> None:
@@ -291,7 +241,7 @@ def _refuse_other(settings: FeedForwardSettings, saved: FeedForwardSettings | No
 
 def _set_policies(layers: Mapping[str, SparseFeedForward], policy: str) -> None:
     for layer in layers.values():
-        if PENDING in vars(layer):
-            vars(layer)[PENDING] = policy
+        if _PENDING in vars(layer):
+            vars(layer)[_PENDING] = policy
         else:
             layer.policy = policy

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from ..layers.screening import Screening
+from .extras import read_extras
 from .own_models import is_own_model
 from .placement import execution_device
 from .sites import AttentionSite, find_attention_sites
 from .sparse_settings import attends_locally
 from .support import CAUSAL_IN_NAME_ONLY
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WIDTH_NAMES = ("qk_head_dim", "head_dim", "head_size", "attention_head_size")
 
 
@@ -91,11 +89,9 @@ def saved_screenings(model: PreTrainedModel, names: list[str]) -> dict[str, dict
     where = getattr(model, "name_or_path", "") or ""
     wanted = {f"{name}.screening.{kind}": (name, kind) for name in names for kind in _KINDS}
     found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for file in _weight_files(where):
-        with safe_open(file, "pt") as tensors:
-            for key in wanted.keys() & set(tensors.keys()):
-                name, kind = wanted[key]
-                found[name][kind] = tensors.get_tensor(key)
+    for key, tensor in read_extras(where, wanted).items():
+        name, kind = wanted[key]
+        found[name][kind] = tensor
     missing = [name for name, tensors in found.items() if len(tensors) < len(_KINDS)]
     if missing:
         raise ValueError(
@@ -107,24 +103,6 @@ def saved_screenings(model: PreTrainedModel, names: list[str]) -> dict[str, dict
 
 
 _KINDS = ("query", "key")
-
-
-def _weight_files(where: str) -> list[str]:
-    quietly: dict[str, Any] = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_gated_repo": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    if not where:
-        return []
-    index = cached_file(where, _INDEX, **quietly)
-    if index is None:
-        single = cached_file(where, _WEIGHTS, **quietly)
-        return [] if single is None else [single]
-    # Imported here because only large checkpoints are split.
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    return list(get_checkpoint_shard_files(where, index)[0])
 
 
 def _is_causal(module: nn.Module) -> bool:

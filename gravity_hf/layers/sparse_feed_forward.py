@@ -181,24 +181,33 @@ class SparseFeedForward(nn.Module):
             return None
         if self.impl != "auto":
             return self.impl
-        first, last = output_factor(self.gate_proj), input_factor(self.down_proj)
+        gate, up = output_factor(self.gate_proj), output_factor(self.up_proj)
+        widths = (gate.in_features, up.in_features, input_factor(self.down_proj).out_features)
         return choose_implementation(
             x.device.type,
             x.dtype,
             tokens=x.numel() // x.shape[-1],
-            width=max(first.in_features, last.out_features),
+            width=max(widths),
             neurons=self.intermediate_size,
             block_size=self.block_size,
             keep=self.keep,
             traced=torch.compiler.is_compiling(),
+            aligned=not any(width % 8 for width in widths),
         )
 
     def can_skip(self) -> bool:
-        """Whether the maps are what they seem: not an adapter's, quantized, watched or sharded."""
+        """Whether the maps are what they seem: not an adapter's, quantized, watched, sharded or
+        offloaded; and nothing in the activation is trained."""
         read = [output_factor(self.gate_proj), output_factor(self.up_proj)]
         read += [input_factor(self.down_proj)]
         owners = (self.gate_proj, self.up_proj, self.down_proj)
-        return all(map(_is_plain, read)) and not any(map(_is_watched, owners))
+        if not all(map(_is_plain, read)) or any(map(_is_watched, owners)):
+            return False
+        # Its gradients would be lost: implementations see a function.
+        inner = self.activation
+        return not (
+            isinstance(inner, nn.Module) and any(p.requires_grad for p in inner.parameters())
+        )
 
     def _skipped(self, x: Tensor, scores: Tensor, how: str) -> Tensor:
         gate, up = output_factor(self.gate_proj), output_factor(self.up_proj)
@@ -217,7 +226,7 @@ class SparseFeedForward(nn.Module):
             y = self.down_proj.up(y)
         elif down.bias is not None:
             y = y + down.bias
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def output_factor(linear: nn.Module) -> nn.Module:
@@ -238,7 +247,9 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    # A `forward` of the object's own is how accelerate brings offloaded weights, when it is called.
+    hooks = (module._forward_hooks, module._forward_pre_hooks, vars(module).get("forward"))
+    return any(map(bool, (*hooks, module._backward_hooks, module._backward_pre_hooks)))
 
 
 def check_sizes(intermediate_size: int, block_size: int, sparsity: float, gate_rank: int) -> None:

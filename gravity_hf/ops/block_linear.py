@@ -9,10 +9,11 @@ with a mask, up to rounding, and the gradients of inputs, weights and biases:
 - "rows": token by token, the views of its blocks. For a token or a few on a CPU.
 - "gathered": each token's weights are copied together, then batched products. Without looking at
   the choice on the host: for a token or a few on a GPU.
-- "grouped": block by block, the tokens that chose it (as a mixture of experts does it). The groups
-  are padded to a multiple of eight rows: as measured with MKL, one row's result then depends
-  neither on how many rows there are nor on its place, so that a token's numbers do not depend on
-  which others chose with it, to the last bit.
+- "grouped": block by block, the tokens that chose it (as a mixture of experts does it); without
+  second derivatives. The groups are padded to a multiple of eight rows: as measured with MKL, one
+  row's result then depends neither on how many rows there are nor on its place, so that a token's
+  numbers do not depend on which others chose with it, to the last bit; blocks of fewer than four
+  neurons excepted.
 - "grouped_mm": the same in `torch.nn.functional.grouped_mm`, without looking at the choice on the
   host. bfloat16 on a CUDA device.
 """
@@ -194,11 +195,18 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gate_in, up_in, *rest = ctx.saved_tensors
+        # With create_graph=True; torch's `once_differentiable` lets `torch.autograd.grad` pass.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                'block_feed_forward: impl "grouped" has no second derivatives, got a backward pass '
+                'with create_graph=True. Use impl "rows", or the policy "masked" of the layer'
+            )
+        # Read once: under gradient checkpointing they can be had once only.
+        saved = ctx.saved_tensors
+        gate_in, up_in, *rest = saved
         needed = ctx.needs_input_grad[3:]
         sums = [
-            torch.zeros_like(x) if need else None
-            for x, need in zip(ctx.saved_tensors, needed, strict=True)
+            torch.zeros_like(x) if need else None for x, need in zip(saved, needed, strict=True)
         ]
         weight_sums = BlockWeights(*sums[2:])
         for block, tokens, count in ctx.groups.of_blocks():

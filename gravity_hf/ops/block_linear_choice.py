@@ -46,6 +46,8 @@ CROSSOVERS = {
     # Not measured yet: everything is computed.
     "cuda": Crossover("grouped_mm", math.inf, "gathered", 16, math.inf, math.inf),
 }
+# The fewest neurons of a block with which "grouped" gives a token the same bits beside any others.
+_LEAST_BLOCK = 4
 # These look at the choice on the host, which a graph that is being traced has not got.
 _ON_THE_HOST = ("rows", "grouped")
 
@@ -60,6 +62,7 @@ def choose_implementation(
     block_size: int,
     keep: int,
     traced: bool = False,
+    aligned: bool = True,
 ) -> str | None:
     """The implementation of `block_feed_forward` for a call; None where the dense layer is faster.
 
@@ -71,9 +74,10 @@ def choose_implementation(
         width: of the maps' inputs and outputs other than neurons; the largest.
         neurons, block_size, keep: of the layer, and how many blocks a token keeps.
         traced: whether the call is being compiled.
+        aligned: whether the inputs' and outputs' widths are multiples of 8.
     """
     rules = CROSSOVERS.get(device)
-    if rules is None or not tokens:
+    if rules is None or not tokens or block_size < _LEAST_BLOCK:
         return None
     blocks = neurons // block_size
     # Of gate, up and down.
@@ -84,6 +88,7 @@ def choose_implementation(
         how = rules.many
     else:
         return None
-    if how == "grouped_mm" and dtype != torch.bfloat16:
+    # Its rows begin at multiples of 16 bytes.
+    if how == "grouped_mm" and (dtype != torch.bfloat16 or block_size % 8 or not aligned):
         how = "grouped"
     return None if traced and how in _ON_THE_HOST else how

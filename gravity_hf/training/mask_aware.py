@@ -58,5 +58,5 @@ class MaskAwarePhase(TrainerCallback):
         self._before = {}
 
     def first_masked_step(self, steps: int) -> int:
-        """How many of `steps` are dense."""
-        return steps - round(self.share * steps)
+        """How many of `steps` are dense: all but the share, which is one step at least."""
+        return steps - max(1, round(self.share * steps))

@@ -85,6 +85,21 @@ def test_full_rank_is_the_map_whatever_the_inputs(shape: tuple[int, int], kind: 
     torch.testing.assert_close(up @ down, weight, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-10, 1e10])
+def test_the_size_of_the_inputs_changes_no_map(size: float) -> None:
+    weight, moment = weight_of((12, 12)), uneven(12)
+    spectra = [output_spectrum(weight, x) for x in (moment, size * moment)]
+    first, second = (factors_of(weight, x, 4) for x in spectra)
+    torch.testing.assert_close(first.up @ first.down, second.up @ second.down)
+    torch.testing.assert_close(size * spectra[0].energies, spectra[1].energies)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_energy_is_below_zero(shape: tuple[int, int]) -> None:
+    weight = weight_of((shape[0], 1)) @ weight_of((1, shape[1]))
+    assert (output_spectrum(weight, uneven(shape[1])).energies >= 0).all()
+
+
 def test_few_input_directions_need_no_more_rank_than_their_number() -> None:
     weight, moment = weight_of((10, 10)), uneven(10, directions=3)
     assert output_error(weight, best(weight, moment, 3), moment) < 1e-12

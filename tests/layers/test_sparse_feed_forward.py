@@ -142,6 +142,41 @@ def test_maps_that_are_not_what_they_seem_are_masked_instead() -> None:
     assert torch.equal(hooked(x), expected)
 
 
+def test_maps_whose_weights_are_elsewhere_are_called() -> None:
+    """accelerate puts a `forward` of its own on maps whose weights are offloaded."""
+    accelerate = pytest.importorskip("accelerate")
+    layer, x = make(policy="block"), torch.randn(70, WIDTH)
+    layer.impl = "grouped"
+    before = layer(x)
+    accelerate.cpu_offload(layer)
+    assert layer.gate_proj.weight.is_meta
+    torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-5)
+
+
+def test_activation_that_is_trained_gets_its_gradient() -> None:
+    layer, x = make(policy="block"), torch.randn(70, WIDTH)
+    layer.impl, layer.activation = "grouped", nn.PReLU()
+    layer(x).sum().backward()
+    assert layer.activation.weight.grad.abs() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_skipping_trains_under_gradient_checkpointing(reentrant: bool) -> None:
+    layer, x = make(policy="block"), torch.randn(70, WIDTH).requires_grad_()
+    layer.impl = "grouped"
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "rows", "gathered", "grouped"])
+def test_no_tokens_are_no_error(impl: str) -> None:
+    layer = make(policy="block")
+    layer.impl = impl
+    assert layer(torch.zeros(2, 0, WIDTH)).shape == (2, 0, WIDTH)
+
+
 def test_block_policy_follows_autocast() -> None:
     layer, x = make(policy="block"), torch.randn(70, WIDTH)
     layer.impl = "grouped"

@@ -67,6 +67,11 @@ def test_resumed_run_is_in_the_phase_of_its_step(tmp_path: Path) -> None:
     assert watch.policies == [{"masked"}]
 
 
+@pytest.mark.parametrize(("share", "steps", "dense"), [(0.2, 10, 8), (0.2, 2, 1), (1.0, 3, 0)])
+def test_shortest_run_has_a_masked_step(share: float, steps: int, dense: int) -> None:
+    assert MaskAwarePhase(share).first_masked_step(steps) == dense
+
+
 def test_wrong_shares_and_models_are_refused() -> None:
     with pytest.raises(ValueError, match="more than 0 and at most 1, got 0"):
         MaskAwarePhase(0)
