@@ -268,7 +268,7 @@ def _cached(row: dict[str, Any]) -> list[str]:
         f"{row['shape']}, {row['length']}, {row['cache']}",
         f"{row['cache_bytes'] / 2**20:.1f}",
         f"{row['ratio']:.2f}x",
-        _ms(row["prefill_ms"]),
+        _ms(row["prefill_ms"]["p50"]),
         _ms(row["decode_ms"]["p50"]),
     ]
 

@@ -34,7 +34,7 @@ def load_any_model(
         device: None takes CUDA where there is one.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or no such device.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype!r}")
@@ -46,6 +46,7 @@ def load_any_model(
     load = load_gravity_model if _is_gravity(where) else load_host_or_gravity
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(target)
     return load(where, dtype=kind).to(target).eval()
 
 
@@ -58,6 +59,17 @@ def load_any_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"model: expected a tokenizer beside the model, got none in {name!r} "
             f"({_first_line(error)}). Save one there with tokenizer.save_pretrained"
+        ) from error
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    # What is raised depends on how torch was built.
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"device: expected one that this machine has, such as 'cpu', got {str(device)!r} "
+            f"({_first_line(error)})"
         ) from error
 
 
