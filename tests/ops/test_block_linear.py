@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gravity_hf.ops.block_linear import IMPLEMENTATIONS, BlockWeights, block_feed_forward
-from gravity_hf.ops.block_linear_choice import CROSSOVERS, choose_implementation
+from gravity_hf.ops.block_linear_choice import CROSSOVERS, Crossover, choose_implementation
 
 TOKENS, GATE, UP, OUT, NEURONS, SIZE, KEEP = 21, 16, 24, 8, 48, 8, 2
 
@@ -134,6 +134,30 @@ def test_a_single_token_skips_where_weights_are_large() -> None:
 def test_what_was_not_measured_computes_everything() -> None:
     assert choice(1024, device="meta") is None
     assert CROSSOVERS.keys() == {"cpu", "cuda"}
+
+
+def test_blocks_too_small_for_the_same_bits_are_not_skipped() -> None:
+    assert choice(10**6, block_size=4, keep=100) == "grouped"
+    assert choice(10**6, block_size=3, neurons=2049, keep=100) is None
+
+
+def test_second_derivatives_of_groups_are_refused() -> None:
+    """They would be left out of the sum, beside other terms."""
+    leaves, chosen = problem(bias=False)
+    y = skipped(leaves, chosen, "grouped").square().sum() + leaves[0].pow(3).sum()
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(y, leaves[0], create_graph=True)
+
+
+def test_products_of_groups_get_rows_that_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = Crossover("grouped_mm", 0.0, "gathered", 0, 0.0, 0.0)
+    monkeypatch.setitem(CROSSOVERS, "cuda", rules)
+    cases = {"grouped_mm": {}, "grouped": {"aligned": False}}
+    for how, changes in cases.items():
+        values = {**LAYER, "tokens": 64, **changes}
+        assert choose_implementation("cuda", torch.bfloat16, **values) == how
+    values = {**LAYER, "tokens": 64, "block_size": 4}
+    assert choose_implementation("cuda", torch.bfloat16, **values) == "grouped"
 
 
 def test_graphs_get_nothing_that_looks_at_the_choice() -> None:

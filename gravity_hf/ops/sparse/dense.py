@@ -30,9 +30,11 @@ def dense_attention(
             mask = _whole_mask(visibility(queries, keys, mask, positions, None, q.device))
         return _gravity(q, k, v, score, mask, dropout_p, causal=True)
     if mask is None and positions is None:
-        causal = queries > 1
-        if queries == keys or not causal:
-            return _dot_product(q, k, v, score, None, dropout_p, causal=causal)
+        # Two calls, as a graph of any length has no bool that says which it is.
+        if queries <= 1:
+            return _dot_product(q, k, v, score, None, dropout_p, causal=False)
+        if queries == keys:
+            return _dot_product(q, k, v, score, None, dropout_p, causal=True)
     seen = visibility(queries, keys, mask, positions, None, q.device)
     output = _dot_product(q, k, v, score, _whole_mask(seen), dropout_p, causal=False)
     if mask is None and positions is None and queries <= keys:

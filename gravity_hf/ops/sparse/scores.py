@@ -22,7 +22,8 @@ class DotProduct:
 
     def __post_init__(self) -> None:
         number = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
-        if not number or not math.isfinite(self.scaling):
+        # A comparison, as a graph of any length cannot ask `math.isfinite` of a number of its own.
+        if not number or not -math.inf < self.scaling < math.inf:
             raise ValueError(f"DotProduct.scaling: expected a finite number, got {self.scaling!r}")
 
     @property

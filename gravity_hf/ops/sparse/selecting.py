@@ -254,17 +254,22 @@ def whole_blocks(allowed: Tensor, origin: Tensor | None, size: int, blocks: int)
 
 
 def _best(scores: Tensor, choosable: Tensor, count: int) -> Tensor:
-    """The `count` best blocks of each row of float32 scores, -1 where there are no more."""
+    """The `count` best blocks of each row of float32 scores, -1 where there are no more. A row's
+    depend on no other row, their order included: outputs are summed up in it."""
     blocks = scores.shape[-1]
     count = min(count, blocks)
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        scores = scores.masked_fill_(~choosable, -float("inf"))
-        values, best = scores.topk(min(count + 1, blocks), dim=-1)
-        least = values[..., count - 1 : count]
-        ties = (values[..., count:] == least) & (least > -float("inf"))
-        if not ties.any() and not values.isnan().any():
-            return best[..., :count].masked_fill(values[..., :count] == -float("inf"), -1)
-    return _best_of_ranks(scores, choosable, count)
+    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+        return _best_of_ranks(scores, choosable, count)
+    scores = scores.masked_fill_(~choosable, -float("inf"))
+    values, best = scores.topk(min(count + 1, blocks), dim=-1)
+    least = values[..., count - 1 : count]
+    ties = (values[..., count:] == least) & (least > -float("inf"))
+    unclear = ties.any(-1) | values.isnan().any(-1)
+    best = best[..., :count].masked_fill(values[..., :count] == -float("inf"), -1)
+    if unclear.any():
+        choosable = choosable.expand(scores.shape)[unclear]
+        best[unclear] = _best_of_ranks(scores[unclear], choosable, count)
+    return best
 
 
 def _best_of_ranks(scores: Tensor, choosable: Tensor, count: int) -> Tensor:

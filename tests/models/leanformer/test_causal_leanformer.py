@@ -13,9 +13,15 @@ from transformers import Trainer, TrainingArguments
 
 from gravity_hf import LeanFormerForCausalLM
 
-from .lean_cases import IDS, OPTIONS, logits, tiny
+from .lean_cases import IDS, OPTIONS, TOP_K, logits, tiny
 
 OTHER = {"screening_weight": 0.0, "gate_weight": 0.0, "exit_weight": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests() -> None:
+    """A function is compiled so many times only, over all tests together."""
+    torch.compiler.reset()
 
 
 def gradients(model: LeanFormerForCausalLM) -> dict[str, Tensor | None]:
@@ -95,6 +101,15 @@ def test_compiles_into_one_graph(option: str) -> None:
     with torch.no_grad():
         found = compiled(IDS, use_cache=False).logits
     torch.testing.assert_close(found, logits(model, IDS), rtol=0, atol=1e-5)
+
+
+def test_a_graph_of_any_length_is_compiled() -> None:
+    model = tiny("blocks", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (30, 20, TOP_K - 2):
+            found = compiled(IDS[:, :length], use_cache=False).logits
+            torch.testing.assert_close(found, logits(model, IDS[:, :length]), rtol=0, atol=1e-5)
 
 
 def test_a_training_step_compiles_into_one_graph() -> None:

@@ -11,7 +11,13 @@ from hosts import VOCABULARY, tiny_host
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gravity_hf import LeanFormerForCausalLM, patch_with_gravity, sparsity
+from gravity_hf import (
+    LeanFormerForCausalLM,
+    patch_with_gravity,
+    sparsify_attention,
+    sparsify_feed_forward,
+    sparsity,
+)
 from gravity_hf.integration.factorized import factorize
 
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -131,6 +137,7 @@ def test_it_has_the_dtype_and_the_generation_settings_of_the_host() -> None:
     model = LeanFormerForCausalLM.from_dense(host, 0.5)
     assert model.dtype == torch.bfloat16
     assert model.generation_config.temperature == 0.3
+    assert model.generation_config is not host.generation_config
 
 
 def test_the_predictor_starts_with_what_inputs_say_about_neurons() -> None:
@@ -146,6 +153,19 @@ def test_the_predictor_starts_with_what_inputs_say_about_neurons() -> None:
         model = LeanFormerForCausalLM.from_dense(host, "full", calibration=shown, **SPARSE)
         recalls[name] = energy_recall(model, ids)
     assert recalls["inputs"] > 0.9 > 0.75 > recalls["weights"]
+
+
+def test_padding_says_nothing_about_maps_keys_and_neurons() -> None:
+    host, ids = tiny_host("llama").double(), ids_of(3)
+    mask = torch.ones_like(ids)
+    mask[:, 25:] = 0
+    whole = {"input_ids": ids, "attention_mask": mask}
+    padded, alone = (
+        LeanFormerForCausalLM.from_dense(host, 0.5, calibration=[shown], **SPARSE).state_dict()
+        for shown in (whole, {"input_ids": ids[:, :25]})
+    )
+    for name, value in padded.items():
+        torch.testing.assert_close(value.abs(), alone[name].abs(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_screening_starts_along_the_axes_of_the_keys() -> None:
@@ -172,8 +192,17 @@ def test_hosts_that_were_changed_are_refused() -> None:
         LeanFormerForCausalLM.from_dense(patched)
     low = tiny_host("llama")
     factorize(low, 0.5)
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj is a changed, sharded"):
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj is of low rank or sparse"):
         LeanFormerForCausalLM.from_dense(low)
+    budget = {"top_k": 12, "block_size": 4, "window": 4, "sinks": 2}
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn is of low rank or sparse"):
+        LeanFormerForCausalLM.from_dense(sparsify_attention(tiny_host("llama"), budget))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp is of low rank or sparse"):
+        LeanFormerForCausalLM.from_dense(sparsify_feed_forward(tiny_host("llama"), block_size=8))
+    meta = tiny_host("llama")
+    meta.model.layers[0].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match=r"mlp\.up_proj is a changed, sharded, quantised or offl"):
+        LeanFormerForCausalLM.from_dense(meta)
     mixed = tiny_host(
         "qwen2",
         **{"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},

@@ -94,6 +94,18 @@ def test_ranks_and_scores_choose_the_same():
     assert torch.equal(plain, ranks)
 
 
+def test_ties_of_one_row_change_no_order_in_another():
+    """Outputs are summed up in the order of the blocks: another order has other bits."""
+    scores = torch.randint(9, (1, 1, 200, 40), generator=torch.Generator().manual_seed(0)).float()
+    scores[..., :9] += 20.0
+    choosable = torch.ones(1, 1, 200, 40, dtype=torch.bool)
+    clear = _best(scores.clone(), choosable, 9)
+    scores[:, :, -1] = 1.0
+    unclear = _best(scores.clone(), choosable, 9)
+    assert torch.equal(unclear[:, :, :-1], clear[:, :, :-1])
+    assert unclear[0, 0, -1].sort().values.tolist() == list(range(31, 40))
+
+
 @BLOCKS
 def test_a_left_padded_row_chooses_as_it_would_alone(block):
     q, k, _ = vectors()

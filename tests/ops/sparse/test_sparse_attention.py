@@ -1,5 +1,7 @@
 """Every implementation of sparse attention is its definition; dense where the budget says so."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_within_budget
@@ -17,7 +19,15 @@ from ops.sparse.sparse_cases import (
 )
 from torch.nn import functional as F
 
-from gravity_hf.ops.sparse import DotProduct, Gravity, dense_attention, sparse_attention
+from gravity_hf.ops.sparse import (
+    DotProduct,
+    Gravity,
+    dense_attention,
+    masked,
+    select_keys,
+    sparse_attention,
+)
+from gravity_hf.ops.sparse.choosing import choose_implementation
 from gravity_hf.ops.sparse.routed import plan_of
 
 PLAIN = ("masked", "gathered", "routed")
@@ -70,8 +80,6 @@ def test_half_precision_is_computed_in_float32(impl, score, dtype):
 
 def test_routed_serves_blocks_where_a_row_has_them():
     """Else the test above would compare what it falls back to."""
-    from gravity_hf.ops.sparse import select_keys
-
     q, k, _ = vectors()
     for name, served in (("none", True), ("left", True), ("right", True), ("documents", False)):
         selection = select_keys(q, k, budget(), metric="dot", mask=mask_of(name))
@@ -146,6 +154,51 @@ def test_no_later_token_changes_an_output(impl, score, name):
                 x[:, :, j:] = x[:, :, j:].flip(2) * -3.0
             after = run(impl, score, changed, block, mask=mask)
             assert torch.equal(after[:, :, :j], before[:, :, :j])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_what_later_queries_choose_decides_nothing_about_the_sums_of_earlier_ones(score):
+    """Where a block of queries begins to see keys, without sinks, is where their choices begin."""
+    # Kernels begin elsewhere with heads of an ordinary width alone.
+    q, k, v = (x.repeat(1, 1, 1, 8) for x in vectors(60, 400))
+    few, score = budget(2, sinks=0), score_of(score)
+    selection = select_keys(q, k, few, metric=score.metric)
+    g = torch.Generator().manual_seed(0)
+    late = torch.rand(BATCH, 2, 60, 96, generator=g).topk(few.chosen_blocks).indices + 53
+    early = late.clone()
+    early[:, :, 40:] -= 52
+    given = {"score": score, "budget": few, "impl": "masked"}
+    found = [
+        sparse_attention(q, k, v, selection=replace(selection, blocks=x), **given)
+        for x in (late, early)
+    ]
+    assert torch.equal(found[0][:, :, :40], found[1][:, :, :40])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_gradients_on_other_devices_than_a_cpu_are_those_of_dense_attention():
+    """By blocks they would take hundreds of times as long there."""
+    q, k, v = (torch.zeros(1, 2, 2048, 8) for _ in range(3))
+    selection = select_keys(q, k, budget(), metric="distance")
+    q, k, v = (x.to("meta") for x in (q, k, v))
+    score = Gravity(torch.ones(2, requires_grad=True), torch.ones(2))
+    assert choose_implementation(q, k, v, score, selection, 0.0) == "masked"
+
+
+def test_masks_are_held_for_some_queries_at_a_time(monkeypatch):
+    """In the backward pass, too."""
+    found = {}
+    for pairs in (2**23, 2 * 4 * LENGTH * 40):
+        monkeypatch.setitem(masked._PAIRS, "cpu", pairs)
+        held, leaves = [], [x.double().requires_grad_() for x in vectors()]
+        hooks = (lambda x, held=held: held.append(x.numel()) or x, lambda x: x)
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            output = run("masked", DotProduct(0.7), leaves)
+        found[pairs] = torch.autograd.grad(output.square().sum(), leaves), max(held)
+    (whole, all_pairs), (parts, most) = found.values()
+    assert all_pairs >= 2 * 4 * LENGTH**2 > 10 * most
+    for actual, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("impl", ["reference", *PLAIN])
