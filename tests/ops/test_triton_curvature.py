@@ -92,7 +92,8 @@ def test_expanded_positions_are_read_in_place(shared):
     k = leaf.detach().expand(2, 2, 40, 16)
     absent = dict.fromkeys(Problem.__dataclass_fields__)
     tensors = {"q": k, "k": k, "v": inputs["v"], "strength": inputs["mass"]}
-    q_read, k_read = Problem(**{**absent, **tensors}).queries_and_keys()
+    numbers = {"law": "force", "window": 0, "dropout_p": 0.0, "max_force": float("inf")}
+    q_read, k_read = Problem(**{**absent, **tensors, **numbers}).queries_and_keys()
     assert q_read.data_ptr() == k_read.data_ptr() == leaf.data_ptr()
     assert k_read.shape == leaf.shape
 
