@@ -19,6 +19,7 @@ require_kernels()
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from gravity_hf.ops.triton import op as _op  # noqa: E402
 from gravity_hf.ops.triton.score import general_gradients, general_scores  # noqa: E402
 
 SHAPE = {"batch": 1, "heads": 2, "key_heads": 2, "queries": 20, "keys": 20, "width": 16}
@@ -52,6 +53,23 @@ def test_queries_that_see_near_keys_alone_have_finite_gradients():
     inputs["k"], inputs["query_mass"] = inputs["q"].clone(), inputs["key_mass"].clone()
     inputs["eps"] = torch.full((2,), 1e-6)
     given = {name: x.bfloat16() if name == "v" else x.float() for name, x in inputs.items()}
+    for name, value in kernel_results(given, repulsive=True, causal=True).items():
+        assert value.isfinite().all(), name
+
+
+def test_no_weight_of_a_gradient_is_above_one(monkeypatch):
+    """As if the forward pass had told apart fewer pairs: its sums are thousands of nats too low."""
+
+    def lowered(problem, saved):
+        found = forward(problem, saved)
+        saved[0] -= 4000.0
+        return found
+
+    forward = _op.forward
+    monkeypatch.setattr(_op, "forward", lowered)
+    inputs = make_inputs(token_masses=True, value_width=32, **SHAPE)
+    inputs["k"], inputs["query_mass"] = inputs["q"].clone(), inputs["key_mass"].clone()
+    given = {name: x.float() for name, x in inputs.items()}
     for name, value in kernel_results(given, repulsive=True, causal=True).items():
         assert value.isfinite().all(), name
 
