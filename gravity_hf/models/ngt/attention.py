@@ -32,9 +32,9 @@ class HeadCoordinates(NamedTuple):
 class NGTAttention(nn.Module):
     """`out_proj` of what every head gathers: weights by gravity, values from the hidden state.
 
-    Children: `gravity`; `v_proj`, `out_proj` `[D, D]`; `coord_proj` `[H c, C]`; where the config
-    has them `anchor_proj` `[H c, C]` and `hidden_coord_proj` `[H c, D]`; `key_coord_proj`,
-    `key_anchor_proj` and `key_hidden_coord_proj` of an asymmetric model.
+    Children: `gravity`; `v_proj`, `out_proj` `[D, D]`; `coord_proj` `[S H c, C]`; where the config
+    has them `anchor_proj` `[S H c, C]` and `hidden_coord_proj` `[S H c, D]`. An asymmetric model
+    has S = 2, and its maps give the coordinates of queries and then those of keys; else S = 1.
     """
 
     def __init__(self, config: NGTConfig, layer_idx: int) -> None:
@@ -51,9 +51,13 @@ class NGTAttention(nn.Module):
         width = config.hidden_size
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
-        self._add_maps(config, "")
-        if config.asymmetric:
-            self._add_maps(config, "key_")
+        own = config.num_attention_heads * config.head_coord_dim * (1 + config.asymmetric)
+        # One product for queries and keys: these are small, and their number is what costs.
+        self.coord_proj = Float32Linear(config.coord_dim, own)
+        if self.has_anchors:
+            self.anchor_proj = Float32Linear(config.coord_dim, own, bias=False)
+        if self.reads_hidden:
+            self.hidden_coord_proj = nn.Linear(width, own, bias=False)
 
     def forward(
         self,
@@ -85,33 +89,23 @@ class NGTAttention(nn.Module):
 
     def head_coordinates(self, hidden: Tensor, geometry: Geometry) -> HeadCoordinates:
         """`[B, H, T, c]`, in the precision of the coordinates."""
-        queries = self._mapped("", hidden, geometry)
-        keys = self._mapped("key_", hidden, geometry) if self.asymmetric else queries
-        return HeadCoordinates(queries, keys)
-
-    def _add_maps(self, config: NGTConfig, side: str) -> None:
-        width, own = config.coord_dim, config.num_attention_heads * config.head_coord_dim
-        self.add_module(f"{side}coord_proj", Float32Linear(width, own))
-        if self.has_anchors:
-            self.add_module(f"{side}anchor_proj", Float32Linear(width, own, bias=False))
-        if self.reads_hidden:
-            from_hidden = nn.Linear(config.hidden_size, own, bias=False)
-            self.add_module(f"{side}hidden_coord_proj", from_hidden)
-
-    def shared_maps(self) -> Iterator[tuple[nn.Linear, nn.Linear]]:
-        """The maps of queries and of keys that may start alike, in pairs."""
-        for name in ("coord_proj", "anchor_proj", "hidden_coord_proj"):
-            if f"key_{name}" in self._modules:
-                yield self.get_submodule(name), self.get_submodule(f"key_{name}")
-
-    def _mapped(self, side: str, hidden: Tensor, geometry: Geometry) -> Tensor:
         # A sum with coordinates is float32, whatever is added.
-        own = getattr(self, f"{side}coord_proj")(geometry.coordinates)
+        own = self.coord_proj(geometry.coordinates)
         if self.has_anchors:
-            own = own + getattr(self, f"{side}anchor_proj")(geometry.anchors)
+            own = own + self.anchor_proj(geometry.anchors)
         if self.reads_hidden:
-            own = own + getattr(self, f"{side}hidden_coord_proj")(hidden)
-        return own.view(*own.shape[:2], self.heads, -1).transpose(1, 2)
+            own = own + self.hidden_coord_proj(hidden)
+        sides = own.chunk(2, -1) if self.asymmetric else (own,)
+        sides = tuple(x.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for x in sides)
+        return HeadCoordinates(sides[0], sides[-1])
+
+    def maps(self) -> Iterator[nn.Linear]:
+        """To head coordinates."""
+        yield self.coord_proj
+        if self.has_anchors:
+            yield self.anchor_proj
+        if self.reads_hidden:
+            yield self.hidden_coord_proj
 
 
 def remember(

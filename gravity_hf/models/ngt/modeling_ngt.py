@@ -68,7 +68,7 @@ class NGTPreTrainedModel(PreTrainedModel):
     # Expressions, searched for in names.
     _keep_in_fp32_modules_strict = [
         *(r"\.gravity\.", "mass_emb", "coord_emb", "coord_norm", r"\.coord_proj\."),
-        *("key_coord_proj", "anchor_proj"),
+        "anchor_proj",
     ]
     _supports_sdpa = True
 
@@ -90,16 +90,17 @@ class NGTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """As in transformers; then the maps of keys that start as those of queries."""
-        pairs = []
+        maps: list[nn.Linear] = []
         if self.config.asymmetric and self.config.shared_start:
             layers = [m for m in self.modules() if isinstance(m, NGTAttention)]
-            pairs = [pair for layer in layers for pair in layer.shared_maps()]
-        fresh = [pair for pair in pairs if not getattr(pair[1], "_is_hf_initialized", False)]
+            maps = [each for layer in layers for each in layer.maps()]
+        fresh = [each for each in maps if not getattr(each, "_is_hf_initialized", False)]
+        weights = [weight for each in fresh for weight in each.parameters(recurse=False)]
+        weights = [weight for weight in weights if not getattr(weight, "_is_hf_initialized", False)]
         super().initialize_weights()
-        for query, key in fresh:
-            init.copy_(key.weight, query.weight)
-            if key.bias is not None:
-                init.copy_(key.bias, query.bias)
+        for weight in weights:
+            queries, keys = weight.chunk(2)
+            keys.copy_(queries)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

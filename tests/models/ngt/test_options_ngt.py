@@ -14,16 +14,6 @@ from .ngt_cases import IDS, tiny
 
 _LAYER = "layers.0."
 _BIAS = "attn.gravity.bias"
-_KEYS = {
-    *("attn.key_coord_proj.weight", "attn.key_coord_proj.bias", "attn.key_anchor_proj.weight"),
-    "attn.key_hidden_coord_proj.weight",
-}
-
-
-def _both(name: str) -> set[str]:
-    """Of queries and keys."""
-    return {f"attn.{name}", f"attn.key_{name}"}
-
 
 # Preset, option, and the weights that come and go with it: of the model, or of the first layer.
 SWITCHES: list[tuple[str, dict[str, Any], set[str], set[str]]] = [
@@ -38,9 +28,9 @@ SWITCHES: list[tuple[str, dict[str, Any], set[str], set[str]]] = [
     ("v2", {"coordinate_positions": "learned_sinusoidal"}, {"coord_emb.weight"}, set()),
     ("v2", {"position_base": 1e4}, set(), set()),
     ("v2", {"content_coordinates": False}, set(), {"content.weight"}),
-    ("v2", {"anchor_coordinates": False}, set(), _both("anchor_proj.weight")),
-    ("v2", {"hidden_head_coordinates": False}, set(), _both("hidden_coord_proj.weight")),
-    ("v2", {"asymmetric": False}, set(), _KEYS),
+    ("v2", {"anchor_coordinates": False}, set(), {"attn.anchor_proj.weight"}),
+    ("v2", {"hidden_head_coordinates": False}, set(), {"attn.hidden_coord_proj.weight"}),
+    ("v2", {"asymmetric": False}, set(), set()),
     ("v2", {"mass_fading": 0.0}, set(), {"attn.gravity.fading"}),
     ("v2", {"coordinate_source": "attention"}, set(), {"coord_proj_hidden.weight"}),
     ("v2", {"coordinate_source": "pre_attention"}, set(), {"coord_proj_hidden.weight"}),
