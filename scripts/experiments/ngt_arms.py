@@ -15,7 +15,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "large": {
         **{"hidden_size": 512, "coord_dim": 64, "num_hidden_layers": 8, "num_attention_heads": 8},
         # So that v2 has the 25.5 M parameters of that experiment's models.
-        **{"intermediate_size": 1712, "max_position_embeddings": 512},
+        **{"intermediate_size": 1920, "max_position_embeddings": 512},
     },
     "small": {
         **{"hidden_size": 96, "coord_dim": 24, "num_hidden_layers": 3, "num_attention_heads": 4},
@@ -83,7 +83,7 @@ def _v2(name: str, **changes: Any) -> Arm:
 _FORCE = {"law": "force", "mass_fading": 0.0}
 # v2 before all that was added to its geometry: one map, from coordinates alone.
 _PLAIN = {"asymmetric": False, "hidden_head_coordinates": False, "mass_fading": 0.0}
-_PLAIN |= {"head_coord_dim": 16, "initial_strength": 2.0, "softening": 0.1}
+_PLAIN |= {"initial_strength": 2.0, "softening": 0.1}
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
@@ -95,19 +95,20 @@ ARMS: dict[str, Arm] = {
         _v2("sinusoidal twin", **_twin("sinusoidal")),
         _v2("plain geometry", **_PLAIN),
         _v2("no content", content_coordinates=False),
-        _v2("no anchor", anchor_coordinates=False),
+        _v2("anchors", anchor_coordinates=True),
         _v2("head coordinates not from hidden", hidden_head_coordinates=False),
         _v2("symmetric", asymmetric=False),
         _v2("asymmetric from the start", shared_start=False),
-        _v2("16 head coordinates", head_coord_dim=16),
-        _v2("evolution from attention", coordinate_source="attention"),
+        _v2("32 head coordinates", head_coord_dim=32),
+        _v2("8 head coordinates", head_coord_dim=8),
+        _v2("evolution from hidden, too", coordinate_source="hidden"),
         _v2("no evolution", coordinate_source="none"),
         _v2("sees itself", exclude_self=False),
         _v2("no masses", token_masses=False),
         _v2("masses in values", mass_in_value=True),
         _v2("no mass exponent", mass_exponent=False),
         _v2("no mass fades", mass_fading=0.0),
-        _v2("all masses fade", mass_fading=1.0),
+        _v2("half of the masses fade", mass_fading=0.5),
         _v2("fixed softening", learn_softening=False),
         _v2("softening 0.1", softening=0.1),
         _v2("strength 2", initial_strength=2.0),

@@ -102,8 +102,8 @@ class NGTConfig(PreTrainedConfig):
         mass_fading: the share of heads, in whole ones, the last, whose masses fade with age: `l_h`
             nats for each position `t`; learned, starting at `2^(-8 (h + 1) / H)`, the slopes of
             ALiBi. In the others `l_h` is 0. Power law only.
-        coordinate_source: what moves coordinates: `"hidden"` as above; `"attention"`: `Wn a_i`
-            alone; `"pre_attention"`: `Wn LN1(h_i)`; `"none"`: `z` stays.
+        coordinate_source: what moves coordinates: `"attention"`: `Wn a_i` alone; `"hidden"`: both,
+            as above; `"pre_attention"`: `Wn LN1(h_i)`; `"none"`: `z` stays.
         evolve_last_layer: the last layer moves coordinates, too, though none reads them.
         cutoff: `"none"`, `"hard"`, `"log"`, or `"soft"`, which is published, hides nothing, and is
             of the force law; see `gravity_hf.ops.cutoff.Cutoff`. A token that a hard one leaves
@@ -146,7 +146,7 @@ class NGTConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     intermediate_size: int = 2048
     max_position_embeddings: int = 512
-    head_coord_dim: int = 32
+    head_coord_dim: int = 16
     dropout: float | int = 0.1
     layer_norm_eps: float = 1e-5
     attention: str = "gravity"
@@ -164,12 +164,12 @@ class NGTConfig(PreTrainedConfig):
     coordinate_positions: str = "sinusoidal"
     position_base: float | int = 100.0
     content_coordinates: bool = True
-    anchor_coordinates: bool = True
+    anchor_coordinates: bool = False
     hidden_head_coordinates: bool = True
     asymmetric: bool = True
     shared_start: bool = True
-    mass_fading: float | int = 0.5
-    coordinate_source: str = "hidden"
+    mass_fading: float | int = 1.0
+    coordinate_source: str = "attention"
     evolve_last_layer: bool = False
     cutoff: str = "none"
     initial_radius: float | int | None = None

@@ -41,9 +41,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "asymmetric": ("v2", {"shared_start": False}),
     "symmetric": ("v2", {"asymmetric": False, "hidden_head_coordinates": False}),
     "unfading": ("v2", {"mass_fading": 0.0}),
+    "half_fading": ("v2", {"mass_fading": 0.5}),
+    "anchored": ("v2", {"anchor_coordinates": True, "coordinate_source": "hidden"}),
     "pre_attention": ("v2", {"coordinate_source": "pre_attention"}),
     "still": ("v2", {"coordinate_source": "none", "content_coordinates": False}),
-    "learned": ("v2", {"coordinate_positions": "learned", "anchor_coordinates": False}),
+    "learned": ("v2", {"coordinate_positions": "learned"}),
 }
 
 

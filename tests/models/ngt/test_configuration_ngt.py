@@ -29,7 +29,7 @@ def test_presets_say_what_they_are() -> None:
     v2, reference, fixed = (NGTConfig.from_preset(x) for x in ("v2", "reference", "fixed"))
     assert v2.to_dict() == NGTConfig().to_dict()
     assert (v2.law, v2.exclude_self, v2.cutoff, v2.coordinate_source) == (
-        *("power", True, "none", "hidden"),
+        *("power", True, "none", "attention"),
     )
     assert reference.repulsive and reference.law == "force" and reference.cutoff == "hard"
     assert reference.softening == 1e-6 and not reference.learn_softening
@@ -81,7 +81,7 @@ def test_a_saved_config_is_read_as_it_was(tmp_path: Any) -> None:
         ({"positions": "alibi"}, "positions: expected 'learned' beside attention='gravity'"),
         ({"softening": 1e-5}, "softening: expected a squared distance > 0.0001, where it is"),
         ({"softening": 0.0, "learn_softening": False}, "softening: .* >= 1e-06, got 0.0"),
-        ({"law": "force"}, "mass_fading: expected 0 beside law='force', got 0.5"),
+        ({"law": "force"}, "mass_fading: expected 0 beside law='force', got 1.0"),
         ({"mass_fading": 1.5}, r"mass_fading: expected a share in \[0, 1\], got 1.5"),
         ({"law": "cubic"}, "law: expected one of"),
         ({"coordinate_source": "mlp"}, "coordinate_source: expected one of"),
@@ -110,7 +110,7 @@ def test_a_new_model_starts_as_its_preset_says(preset: str) -> None:
     strength = torch.full((2,), float(config.initial_strength))
     torch.testing.assert_close(gravity.strength(), strength)
     assert gravity.radius.item() == pytest.approx(config.initial_radius)
-    assert config.initial_radius == (1.5 * 32**0.5 if preset == "v2" else 4.0)
+    assert config.initial_radius == (1.5 * 16**0.5 if preset == "v2" else 4.0)
     ones = torch.ones(1, 3)
     terms = gravity(ones, ones.log() if config.law == "power" else None)
     softening = torch.as_tensor(terms.eps).expand(2)
@@ -143,7 +143,7 @@ def test_other_starts() -> None:
     expected = torch.tensor([math.sin(3.0), math.cos(3.0), math.sin(3 * 50 ** (-2 / 12))])
     torch.testing.assert_close(model.coord_emb.weight[3, :3], expected)
     for shared in (True, False):
-        maps = tiny(NGTModel, asymmetric=True, shared_start=shared).layers[1].attn
+        maps = tiny(NGTModel, anchor_coordinates=True, shared_start=shared).layers[1].attn
         weights = [weight for each in maps.maps() for weight in each.parameters()]
         assert len(weights) == 4
         assert all(torch.equal(*weight.chunk(2)) == shared for weight in weights)

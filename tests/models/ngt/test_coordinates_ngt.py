@@ -92,7 +92,7 @@ def test_the_last_layer_moves_nothing_unless_it_is_asked_to() -> None:
 
 def test_place_survives_motion_through_anchors() -> None:
     """Head coordinates of the second layer follow the place of a token that has not moved them."""
-    model = tiny(NGTModel)
+    model = tiny(NGTModel, anchor_coordinates=True)
     attention = model.layers[1].attn
     seen: list[Any] = []
     attention.register_forward_pre_hook(lambda module, args: seen.append(args))

@@ -66,7 +66,7 @@ def test_half_precision_leaves_gravity_in_float32(tmp_path: Path) -> None:
     new = AutoModelForCausalLM.from_config(config, **half)
     grown = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, **half)
     own = {name for name, x in tiny().bfloat16().named_parameters() if x.dtype == torch.float32}
-    for part in ("mass_emb.weight", "gravity.gamma", "coord_proj.weight", "anchor_proj.weight"):
+    for part in ("mass_emb.weight", "gravity.gamma", "coord_proj.weight"):
         assert any(name.endswith(part) for name in own), part
     for model in (loaded, new, grown):
         kinds = {name: x.dtype for name, x in model.named_parameters()}
@@ -157,9 +157,9 @@ def test_compiles_into_one_graph(name: str, backend: str) -> None:
 def test_status_says_what_an_ngt_is() -> None:
     status = gravity_status(tiny(cutoff="hard"))
     assert status.is_gravity and status.layers == ("model.layers.0.attn", "model.layers.1.attn")
-    # Gamma, softening and exponent of two heads, one of which fades, and a radius, in two layers;
-    # and the masses.
-    assert status.parameters == 2 * (3 * 2 + 1 + 1) + 50
+    # Gamma, softening, exponent and fading of two heads, and a radius, in two layers; and the
+    # masses.
+    assert status.parameters == 2 * (4 * 2 + 1) + 50
     said = str(status)
     for fact in ("law power", "m_j^mu / (d^2 + e)^g", "hard cutoff", "12 coordinates"):
         assert fact in said

@@ -64,7 +64,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "log": {"preset": "fixed", "cutoff": "log", "initial_radius": 3.0},
     "asymmetric": {"shared_start": False},
     # Of its rows some are left nothing.
-    "lonely": {"shared_start": False, "cutoff": "hard", "initial_radius": 7.0},
+    "lonely": {"shared_start": False, "cutoff": "hard", "initial_radius": 5.0},
 }
 
 
