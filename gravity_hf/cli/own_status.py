@@ -1,5 +1,5 @@
-"""What `gravity-hf status` says of models of this library's own: LGT, the tri-model, NGT and the
-geolip; NGT's twins, and a geolip unless it was asked for, have no gravity."""
+"""What `gravity-hf status` says of models of this library's own; NGT's twins, LeanFormers that take
+dot products, and a geolip unless it was asked for, have no gravity."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..hub.own_models import own_config
 from ..integration.own_geolip import GEOLIPS
+from ..integration.own_lean import LEANFORMER
 from ..integration.own_models import (
     gravity_in_words,
     has_no_gravity,
@@ -79,6 +80,12 @@ def _constants(
 
         rows = constants_of_ngt(directory)
         return rows, [(title, key) for title, key in COLUMNS if any(key in row for row in rows)]
+    if settings.model_type == LEANFORMER:
+        from ..hub.card_lean import COLUMNS as LEAN_COLUMNS
+        from ..hub.card_lean import constants_of_leanformer
+
+        rows = constants_of_leanformer(directory)
+        return rows, [pair for pair in LEAN_COLUMNS if any(pair[1] in row for row in rows)]
     from ..hub.card_lgt import constants_of
 
     return constants_of(directory), [("|G|", "G")]

@@ -13,6 +13,8 @@ from . import (
     card_geolip_companion,
     card_geolip_prior,
     card_geolip_text,
+    card_lean,
+    card_lean_text,
     card_lgt,
     card_lgt_text,
     card_ngt,
@@ -61,6 +63,12 @@ _KINDS = {
         card_geolip_prior.complete_prior,
         card_geolip_prior.parts,
         card_geolip_prior.metadata,
+    ),
+    card_lean.MODEL_TYPE: OwnCard(
+        card_lean.results_of_leanformer,
+        card_lean.complete_leanformer,
+        card_lean_text.parts,
+        card_lean_text.metadata,
     ),
 }
 

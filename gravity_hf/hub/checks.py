@@ -96,9 +96,9 @@ def _check_own_model(folder: Path) -> None:
     config = own_config(folder)
     if kind_of_folder(folder) is None:
         raise ValueError(
-            f"{folder}: expected a converted host, an LGT, an NGT or a geolip, got model type "
-            f"{config.model_type!r}, which no card is made for. Push it as it is, with a README.md "
-            "of yours: huggingface_hub.upload_folder(folder_path=..., repo_id=...)"
+            f"{folder}: expected a converted host, an LGT, an NGT, a geolip or a LeanFormer, got "
+            f"model type {config.model_type!r}, which no card is made for. Push it as it is, with "
+            "a README.md of yours: huggingface_hub.upload_folder(folder_path=..., repo_id=...)"
         )
     found = _gravity_tensors(shapes_of_export(folder, "model"))
     _compare(folder, _expected_tensors(config), found)
