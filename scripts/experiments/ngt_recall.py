@@ -26,6 +26,7 @@ RESULT = Path(__file__).resolve().parent / "results" / "ngt_recall.jsonl"
 VARIANTS = (
     V2,
     "plain geometry",
+    "32 head coordinates",
     "symmetric",
     "no content",
     "NGT reference",
