@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,32 @@ def benchmark_conditions(known: dict[str, Any]) -> str:
 
 
 def experiment_conditions(rows: Rows) -> str:
-    """Device, versions and day of the last of an experiment's rows, with the lines around it."""
+    """Devices of all rows of an experiment, versions and day of the last one, with the lines around
+    it."""
     known = rows[-1]["conditions"]
     versions = known["versions"]
-    devices = " and ".join(known.get("devices", [known["device"]]))
+    named = [row["conditions"].get("devices", [row["conditions"]["device"]]) for row in rows]
+    devices = " and ".join(dict.fromkeys(device for each in named for device in each))
     return (
         f"\n{devices}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, {known['date'][:10]}.\n"
     )
+
+
+def contents(folder: Path, stem: str, command: str, kinds: Iterable[str] = ("cuda", "cpu")) -> Rows:
+    """What was measured on each device or host; `kinds` ends the name of each file, "" is the bare
+    name.
+
+    Raises:
+        FileNotFoundError: on none; with the command that measures.
+    """
+    names = [f"{stem}_{kind}.json" if kind else f"{stem}.json" for kind in kinds]
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"{' or '.join(names)}: has not been measured yet: make it with `python {command}`"
+        )
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def result_file(folder: Path, name: str, command: str) -> str:

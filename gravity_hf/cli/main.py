@@ -17,6 +17,7 @@ from . import (
     lm_eval,
     profile,
     push,
+    serve,
     serve_model,
     status,
     support,
@@ -24,6 +25,8 @@ from . import (
 from .console import make_console
 from .convert import command as convert
 from .demo import command as demo
+from .knowledge import fact_verbs, forging
+from .knowledge import verbs as belief_verbs
 
 EXPECTED_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError)
 EXIT_EXPECTED = 2
@@ -129,6 +132,10 @@ app.command(name="push")(push.push)
 app.command(name="support")(support.support)
 app.add_typer(ledger.ledger, name="ledger")
 app.command(name="lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
+app.add_typer(belief_verbs.beliefs, name="beliefs")
+app.command(name="forge")(forging.forge)
+app.add_typer(fact_verbs.facts, name="facts")
+app.command(name="serve")(serve.serve)
 app.command(name="serve-model", context_settings=serve_model.PASS_ON)(serve_model.serve_model)
 
 

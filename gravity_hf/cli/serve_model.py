@@ -27,7 +27,8 @@ def serve_model(
     """Serve the gravity model in DIR over HTTP, as `transformers serve` does: OpenAI's
     /v1/chat/completions, /v1/completions and the rest. Further options are passed on to it
     (transformers serve --help), such as --cb-num-blocks: by itself the cache of continuous
-    batching takes most of the memory. An LGT is served without continuous batching.
+    batching takes most of the memory. An LGT is served without continuous batching. (For a model
+    with beliefs, whatever its attention: gravity-hf serve.)
 
     Example:
 

@@ -3,19 +3,23 @@
     python scripts/experiments/compression.py                        # CPU, hosts of 3 M
     python scripts/experiments/compression.py --device cuda          # hosts of 13 M
     python scripts/experiments/compression.py --device cuda --energies 0.9 0.95 0.99 0.999
+    python scripts/experiments/compression.py --pretrained MODEL --text one.txt --device cuda
     python scripts/experiments/compression.py --quick --out try.json
 
-Hosts are those of lean_hosts.py. Arms:
+Hosts are those of lean_hosts.py, or with --pretrained a causal model from any folder. Arms:
 
     weighted   factorize(host, "energy:E", calibration=...): the ranks that keep a share E of the
                energy of each map's outputs, on inputs from the training text
     plain      the same ranks, by the singular values of the weights alone
     control    a dense Llama of as many parameters, trained from scratch on as many tokens as the
                host: what else one could have with that size
+    layers     of a pretrained host in the place of that: itself, dense, without so many of its
+               later layers that about as many parameters are left
     dense      the host itself
 
 Every arm is trained on for the same number of steps on the same windows ("healed"), the host and
-the control too. Losses are in nats per byte of held-out text, in windows of the host's length.
+the control too. Losses are of held-out text, in windows of the host's length, and their changes
+are those of the same windows.
 Parameters are those of the layers alone and of the whole model, where tied tensors count once.
 Seconds are of a forward of one such window, called in turns with the host's.
 
@@ -33,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from geolip_runs import named, over_seeds, show
-from lean_hosts import add_host_options, text_of
+from lean_hosts import add_host_options, place_of, result_name
+from paired_changes import paired, pooled_error
 from pool import run_all
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -46,21 +51,13 @@ _NUMBERS = ("parameters", "layer_parameters", "loss", "healed_loss", "seconds", 
 def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
     usual = "cpu" if options.device == "cpu" else "gpu"
     size = "quick" if options.quick else usual
-    _, files = text_of(options.data)
-    place = {
-        "size": size,
-        "preset": options.preset or size,
-        "length": options.length,
-        "device": options.device,
-        "data": options.data,
-        "files": list(files),
-        "hosts": str(options.hosts),
-    }
+    control = "layers" if options.pretrained else "control"
+    place = {**place_of(options), "size": size}
     runs = []
     for seed in options.seeds:
         arms = [("dense", None)]
         arms += [(arm, e) for e in options.energies for arm in ("weighted", "plain")]
-        arms += [("control", e) for e in options.controls]
+        arms += [(control, e) for e in options.controls]
         for arm, energy in arms:
             settings = {"arm": arm, "energy": energy, **place}
             runs.append(named(arm if energy is None else f"{arm} {energy}", seed, settings))
@@ -85,7 +82,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         mine = [run for run in runs if (run["arm"], run["energy"]) == (arm, energy)]
         row: dict[str, Any] = {"arm": arm, "energy": energy, "seeds": [r["seed"] for r in mine]}
         row |= {name: over_seeds([run[name] for run in mine]) for name in _NUMBERS}
-        row["change"] = over_seeds([run["loss"] - run["host_loss"] for run in mine])
+        row["change"] = over_seeds([run["change"] for run in mine])
+        row |= _errors(mine, dense)
         beside = [run for run in mine if run["seed"] in dense]
         if beside:
             wanted = {
@@ -96,7 +94,34 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             for name, number in wanted.items():
                 row[name] = over_seeds([number(run, dense[run["seed"]]) for run in beside])
         rows.append(row)
-    return {"rows": rows, "unit": "nats per byte of the held-out text", "runs": runs}
+    return {
+        "host": runs[0]["host"],
+        "unit": runs[0]["unit"],
+        "heal": runs[0]["heal"],
+        "rows": rows,
+        "runs": [brief(run) for run in runs],
+    }
+
+
+def brief(run: dict[str, Any]) -> dict[str, Any]:
+    """Without what is the same for all, and stands above them."""
+    return {name: x for name, x in run.items() if name not in ("run", "host", "conditions")}
+
+
+def _errors(runs: list[dict[str, Any]], dense: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Windows in all, and standard errors of the mean changes, healed or not."""
+    apart = runs[0]["host"]["apart"]
+    counts = [run["windows"] for run in runs]
+    healed = [
+        paired(run["healed_losses"], dense[run["seed"]]["healed_losses"])["change_error"]
+        for run in runs
+        if run["seed"] in dense
+    ]
+    return {
+        "windows": sum(counts) if apart else max(counts),
+        "change_error": pooled_error([run["change_error"] for run in runs], apart),
+        "healed_change_error": pooled_error(healed, apart),
+    }
 
 
 def table(content: dict[str, Any]) -> None:
@@ -132,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--controls", nargs="*", type=float, default=list(CONTROLS), help="of energies [0.99]")
     add("--minutes", type=float, default=60, help="start no run later than this")
     add("--runs", type=Path, default=Path("runs/compression"), help="what is kept of runs")
-    add("--out", type=Path, help="JSON [results/compression_DEVICE.json]")
+    add("--out", type=Path, help="JSON [results/compression_DEVICE.json, _pretrained.json]")
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
     if options.quick and options.out is None:
@@ -154,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = shlex.join(["python", "scripts/experiments/compression.py", *given])
     content = {"conditions": {**done[-1]["conditions"], "command": command}, **summary(done)}
     content = public(content)
-    out = options.out or RESULTS / f"compression_{options.device}.json"
+    out = options.out or RESULTS / result_name("compression", options, options.device)
     print(f"written to {write_json(out, content)}")
     table(content)
     if len(done) < len(runs):

@@ -12,14 +12,14 @@ from typing import Any
 
 import lean_hosts
 import torch
+from paired_changes import paired
 from pool import training_arguments
 from torch import nn
+from window_losses import window_losses
 
 from gravity_hf import factorize
 from gravity_hf.training.conditions import run_conditions
-from gravity_hf.training.measures import mean_loss
 
-ARMS = ("dense", "weighted", "plain", "control")
 # Calibration and held-out windows, of the host's length or of this one; healing steps of `rows`
 # windows of `heal_length`.
 SIZES: dict[str, dict[str, Any]] = {
@@ -27,32 +27,37 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"calibration": (16, 512), "windows": 4, "heal": (40, 8, 256), "repeats": 3},
     "quick": {"calibration": (4, 64), "windows": 2, "heal": (2, 2, 64), "repeats": 1},
 }
-# Of the rate that the host was trained with.
-HEAL_RATE = 1 / 3
 _STEP = 8
-# What several runs of one process need: the loss of a host, and the ranks of an energy.
-_host_losses: dict[Path, float] = {}
+# What several runs of one process need of a host and seed: its losses of windows, and the ranks of
+# an energy.
+_host_losses: dict[Path, list[float]] = {}
 _ranks: dict[tuple[Path, float], dict[str, int]] = {}
 
 
 def one_run(run: dict[str, Any]) -> dict[str, Any]:
     """Of one seed and arm: parameters, losses before, after and healed, seconds of a forward."""
     sizes, device = SIZES[run["size"]], run["device"]
-    (host,) = _hosts(run, run["preset"])
+    host = lean_hosts.host_of(run)
     dense = host.load(device)
     held_out = host.held_out(sizes["windows"]).split(1)
-    if host.folder not in _host_losses:
-        _host_losses[host.folder] = mean_loss(dense, held_out)
-    result: dict[str, Any] = {"host_loss": _host_losses[host.folder], "length": host.length}
+    if host.shelf not in _host_losses:
+        _host_losses[host.shelf] = window_losses(dense, held_out)
+    before = _host_losses[host.shelf]
+    result: dict[str, Any] = {"host_loss": statistics.fmean(before), "length": host.length}
     model, more = _made(run, host, dense, sizes)
-    result |= {**more, **_parameters(model), "loss": mean_loss(model, held_out)}
+    losses = window_losses(model, held_out)
+    result |= {**more, **_parameters(model), "loss": statistics.fmean(losses)}
+    result |= {**paired(losses, before), "windows": len(losses)}
     result |= _seconds(model, dense, host, sizes["repeats"], device)
-    result["healed_loss"] = _healed(model, run, host, sizes["heal"], held_out)
+    healed = _healed(model, run, host, sizes["heal"], held_out)
+    result |= {"healed_loss": statistics.fmean(healed), "healed_losses": healed}
     return {
         **{name: run[name] for name in ("arm", "energy", "seed", "size")},
         **result,
-        "text": host.record["text"],
-        "host_seconds": host.record["seconds"],
+        "heal": [*sizes["heal"], host.heal_rate],
+        "unit": host.unit,
+        "host": host.described(),
+        "host_seconds": host.record.get("seconds"),
         "conditions": run_conditions(device),
     }
 
@@ -80,23 +85,33 @@ def _made(run: dict[str, Any], host: Any, dense: nn.Module, sizes: dict[str, Any
     rank: Any = f"energy:{run['energy']}"
     shown: Any = batches
     if run["arm"] == "plain":
-        known = (host.folder, run["energy"])
+        known = (host.shelf, run["energy"])
         if known not in _ranks:
             other = copy.deepcopy(dense)
             _ranks[known] = factorize(other, rank, calibration=batches, progress=False).ranks
         rank, shown = _ranks[known], None
     start = time.perf_counter()
     report = factorize(model, rank, calibration=shown, progress=False)
-    _ranks[host.folder, run["energy"]] = report.ranks
+    _ranks[host.shelf, run["energy"]] = report.ranks
     more = {
         "factorize_seconds": time.perf_counter() - start,
-        "ranks": report.ranks,
+        "ranks": _by_kind(report.ranks),
         "summary": report.summary(),
         "calibration_tokens": 0 if shown is None else ids.numel(),
     }
     if run["arm"] == "control":
         return _control(run, model)
+    if run["arm"] == "layers":
+        return _fewer_layers(dense, sum(p.numel() for p in model.parameters()))
     return model, more
+
+
+def _by_kind(ranks: dict[str, int]) -> dict[str, list[int]]:
+    """Ranks by the last name of their maps, from the first layer on."""
+    found: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        found.setdefault(name.rpartition(".")[2], []).append(rank)
+    return found
 
 
 def _control(run: dict[str, Any], model: nn.Module) -> Any:
@@ -108,13 +123,26 @@ def _control(run: dict[str, Any], model: nn.Module) -> Any:
     sizes = smaller_sizes(usual.sizes, vocabulary, target)
     name = f"{run['preset']}-{sizes['hidden_size']}x{sizes['intermediate_size']}"
     lean_hosts.PRESETS[name] = dataclasses.replace(usual, sizes=sizes)
-    (small,) = _hosts(run, name)
+    small = lean_hosts.host_of({**run, "preset": name})
     return small.load(run["device"]), {"sizes": sizes, "trained_seconds": small.record["seconds"]}
 
 
-def _hosts(run: dict[str, Any], preset: str) -> list[lean_hosts.Host]:
-    how = {"length": run["length"], "data": run["data"], "device": run["device"]}
-    return lean_hosts.host_at(run["hosts"], preset=preset, seeds=(run["seed"],), **how)
+def _fewer_layers(dense: nn.Module, parameters: int) -> Any:
+    """The host without some of its later layers, the last one kept, with about as many parameters
+    as asked for: what is smaller without any factor."""
+    model: Any = copy.deepcopy(dense)
+    layers = model.model.layers
+    each = sum(p.numel() for p in layers[0].parameters())
+    total = sum(p.numel() for p in model.parameters())
+    left = min(max(1, len(layers) - round((total - parameters) / each)), len(layers))
+    model.model.layers = nn.ModuleList([*layers[: left - 1], layers[-1]])
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number
+    model.config.num_hidden_layers = left
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds:
+        model.config.layer_types = [*kinds[: left - 1], kinds[-1]]
+    return model, {"layers": left}
 
 
 def _parameters(model: nn.Module) -> dict[str, int]:
@@ -158,8 +186,8 @@ def _synchronise(device: str) -> None:
 
 def _healed(
     model: nn.Module, run: dict[str, Any], host: Any, heal: tuple[int, int, int], held_out: Any
-) -> float:
-    """The held-out loss after a short training of all weights, the same for every arm."""
+) -> list[float]:
+    """Losses of windows after a short training of all weights, the same for every arm."""
     from transformers.trainer_callback import PrinterCallback
 
     from gravity_hf.training.optim import GravityTrainer
@@ -168,12 +196,11 @@ def _healed(
     (steps, rows, length), cuda = heal, run["device"] == "cuda"
     length = min(length, host.length)
     seed = 1000 + run["seed"]
-    text = lean_hosts.stream(host.files)
     with tempfile.TemporaryDirectory() as folder:
         training = training_arguments(
             folder,
             steps,
-            HEAL_RATE * lean_hosts.PRESETS[run["preset"]].rate,
+            host.heal_rate,
             seed,
             per_device_train_batch_size=rows,
             use_cpu=not cuda,
@@ -183,12 +210,12 @@ def _healed(
         trainer = GravityTrainer(
             model=model,
             args=training,
-            train_dataset=RandomWindows(text.train, steps * rows, length, seed=seed),
+            train_dataset=RandomWindows(host.text.train, steps * rows, length, seed=seed),
             data_collator=collate,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return mean_loss(model, held_out)
+    return window_losses(model, held_out)
 
 
 def _scaled(sizes: dict[str, Any], share: float) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from lean_hosts import Host
+from paired_changes import paired
 from torch import Tensor, nn
+from window_losses import window_losses
 
 from gravity_hf import sparsity
 from gravity_hf.integration.predictor_fit import (
@@ -72,12 +74,22 @@ def mean_energies(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def measured(model: Any, windows: list[Tensor]) -> dict[str, float]:
     """Loss under the mask, and the share of the energy that it keeps in the dense model."""
-    torch.manual_seed(0)
     with sparsity(model, feed_forward="masked"):
         loss = mean_loss(model, windows)
-    quality = measure_feed_forward(model, [{"input_ids": windows[0]}]).values()
-    recall = sum(float(layer.energy_recall) for layer in quality) / len(quality)
-    return {"loss": loss, "energy_recall": recall}
+    return {"loss": loss, "energy_recall": energy_recall(model, windows[0])}
+
+
+def energy_recall(model: Any, ids: Tensor) -> float:
+    """Of the dense model's energy the share in the blocks that are kept, mean over layers."""
+    quality = measure_feed_forward(model, [{"input_ids": ids}]).values()
+    return sum(float(layer.energy_recall) for layer in quality) / len(quality)
+
+
+def masked_losses(model: Any, windows: list[Tensor], seed: int) -> list[float]:
+    """Of every window under the mask; `seed`: of a choice by lot."""
+    torch.manual_seed(seed)
+    with sparsity(model, feed_forward="masked"):
+        return window_losses(model, windows)
 
 
 @torch.no_grad()
@@ -88,7 +100,7 @@ def forward_ms(model: Any, ids: Tensor, policy: str) -> float:
         for _ in range(TIMED + 1):
             _wait(model)
             started = time.perf_counter()
-            model(input_ids=ids)
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
             _wait(model)
             times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times[1:])
@@ -106,13 +118,14 @@ def host_rows(
 
     `choice`: size of a block, sparsity. `scale`: a `Scale` of `sparse_feed_forward.py`."""
     block, share = choice
-    windows = list(host.held_out(scale.held_out, scale.length).split(scale.rows))
-    text = host.calibration(scale.fit_batches * scale.rows, scale.length)
+    length = min(scale.length, host.length)
+    windows = list(host.held_out(scale.held_out, length).split(scale.rows))
+    text = host.calibration(scale.fit_batches * scale.rows, length, seed=host.seed)
     batches = [{"input_ids": ids} for ids in text.split(scale.rows)]
     for reordered in (False, True):
         model = host.load(device)
         if not reordered:
-            dense = mean_loss(model, windows)
+            dense = window_losses(model, windows)
         sparsify_feed_forward(model, block_size=block, sparsity=share)
         if reordered:
             calibrate_blocks(model, batches)
@@ -124,8 +137,11 @@ def host_rows(
             for name, layer in sparse_layers(model).items():
                 own = predictors[name] if arm == "predictor" else ranking(arm, layer, means[name])
                 layer.predictor = own
-            row = {**base, "arm": arm, "dense_loss": dense, **measured(model, windows)}
-            row["excess"] = row["loss"] - dense
+            losses = masked_losses(model, windows, host.seed)
+            row = {**base, "arm": arm, "length": length, "windows": len(losses)}
+            row |= {"loss": statistics.fmean(losses), "dense_loss": statistics.fmean(dense)}
+            row["excess"], row["excess_error"] = paired(losses, dense).values()
+            row["energy_recall"] = energy_recall(model, windows[0])
             if arm == "predictor":
                 row["fit"] = fit.summary()
                 policies = ("dense", "masked", "block")

@@ -2,28 +2,31 @@
 
     python scripts/experiments/kv_cache.py --device cuda                # results/kv_cache.json
     python scripts/experiments/kv_cache.py --preset cpu --seeds 0 --windows 2 --needles 4
+    python scripts/experiments/kv_cache.py --device cuda --pretrained MODEL --text one.txt two.txt
     python scripts/experiments/kv_cache.py --quick --out trial.json      # seconds, to try
 
-The hosts are those of `lean_hosts.py`, at their full length. A window of held-out text is read at
-once except for its last tokens; these follow in chunks, from the cache of each arm, so that what
-they attend to has been coded. Every arm gets the same keys and values of the same prompt. `loss` is
-of those tokens, in nats; `change` is against a DynamicCache on the same tokens, with the standard
-error over windows. `key_error` and `value_error` say how far what is read lies from what was put
-in, relative to its size. The published codec codes everything anew at every chunk, as it does at
-every token when it generates.
+The hosts are those of `lean_hosts.py`, or with --pretrained a causal model from any folder, at
+their full length. A window of held-out text is read at once except for its last tokens; these
+follow in chunks, from the cache of each arm, so that what they attend to has been coded. Every arm
+gets the same keys and values of the same prompt. `loss` is of those tokens, in nats; `change` is
+against a DynamicCache on the same tokens, and `change_error` the standard error of its mean over
+windows. `key_error` and `value_error` say how far what is read lies from what was put in, relative
+to its size. The published codec codes everything anew at every chunk, as it does at every token
+when it generates.
 
 The arm "newest 128 only" reads no more than these of the prompt: it says what all the rest is worth
 to the model. Where that is nothing, codes cannot cost anything either.
 
 A needle is a line that assigns random letters to a name, put into the middle of a window; at its
 end the line stands again, and its letters are predicted from the first one on. `copied` is how many
-of them are the likeliest token, `whole` how many needles are so throughout; a model that cannot
-copy over such a distance shows it in the arm "dynamic".
+of their tokens are the likeliest one, `whole` how many needles are so throughout; a model that
+cannot copy over such a distance shows it in the arm "dynamic".
 
 Transformers' own cache is among the arms where `hqq` is installed.
 
 "gravity" is the host patched and calibrated, without any training: its own DynamicCache is its
-control. A file that is there is continued, seed by seed.
+control, and `conversion` says what the patch itself costs on the same tokens. A file that is there
+is continued, seed by seed.
 """
 
 from __future__ import annotations
@@ -42,10 +45,12 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
 import torch  # noqa: E402
 from kv_needles import NEEDLE_LETTERS, copied, with_needle  # noqa: E402
-from lean_hosts import Host, add_host_options, hosts_of  # noqa: E402
+from lean_hosts import Host, add_host_options, hosts_of, result_name  # noqa: E402
+from paired_changes import paired  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import AutoTokenizer, DynamicCache, QuantizedCache  # noqa: E402
 from transformers.utils import is_hqq_available, logging  # noqa: E402
+from window_losses import wide_head  # noqa: E402
 
 from gravity_hf import GravityConfig, RotatedQuantCache, calibrate, patch_with_gravity  # noqa: E402
 from gravity_hf.hub.card_public import public  # noqa: E402
@@ -54,7 +59,7 @@ from gravity_hf.training.cached_reading import following_logits, read_prompt  # 
 from gravity_hf.training.conditions import run_conditions  # noqa: E402
 from gravity_hf.training.files import write_json  # noqa: E402
 
-RESULT = HERE / "results" / "kv_cache.json"
+RESULTS = HERE / "results"
 CONTROL = "dynamic"
 NEWEST = 128
 FORGETFUL = f"newest {NEWEST} only"
@@ -86,9 +91,9 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "published codec, 4 bits": _both(4, codec="reference"),
 }
 if is_hqq_available():
-    # Its groups cross tokens, and have to fill all of them.
+    # It packs two groups at a time: of half a head each, their number is even at any length.
     ARMS["transformers' hqq, 4 bits"] = lambda config: QuantizedCache(
-        "hqq", config, nbits=4, axis_key=1, axis_value=1, q_group_size=min(64, config.head_dim)
+        "hqq", config, nbits=4, axis_key=1, axis_value=1, q_group_size=min(64, config.head_dim // 2)
     )
 GRAVITY_ARMS = (CONTROL, FORGETFUL, "8 bits", "4 bits", "4 bits, not turned", "2 bits")
 
@@ -139,7 +144,8 @@ def losses(
         for arm in arms:
             cache = after_prompt(arm, model, ids[:, :start], prompt)
             held = cache_bytes(cache)
-            logits = following_logits(model, ids[:, start:-1], cache, CHUNK)
+            with wide_head(model):
+                logits = following_logits(model, ids[:, start:-1], cache, CHUNK)
             loss = torch.nn.functional.cross_entropy(logits[0], ids[0, start + 1 :])
             row = {"loss": float(loss), "bytes_per_token": held / start}
             if not found[arm] and arm != FORGETFUL:
@@ -150,24 +156,24 @@ def losses(
 
 
 def copies(
-    model: Any, tokenizer: Any, windows: torch.Tensor, arms: list[str], bar: tqdm
-) -> dict[str, list[int]]:
-    """Of every arm: how many of each needle's `NEEDLE_LETTERS` are the likeliest token."""
-    generator = random.Random(0)
-    found: dict[str, list[int]] = {arm: [] for arm in arms}
+    model: Any, tokenizer: Any, windows: torch.Tensor, arms: list[str], seed: int, bar: tqdm
+) -> dict[str, list[float]]:
+    """Of every arm and needle: the share of the tokens of its letters that are the likeliest."""
+    generator = random.Random(seed)
+    found: dict[str, list[float]] = {arm: [] for arm in arms}
 
     def ids_of(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     for window in windows:
-        text, asked = with_needle(window, ids_of, generator)
+        text, asked, letters = with_needle(window, ids_of, generator)
         ids = text[None].to(model.device)
         prompt = DynamicCache(config=model.config)
         read_prompt(model, ids[:, :-asked], prompt)
         for arm in arms:
             cache = after_prompt(arm, model, ids[:, :-asked], prompt)
             logits = following_logits(model, ids[:, -asked:-1], cache, CHUNK)
-            found[arm].append(copied(logits[0], ids[0, -asked:]))
+            found[arm].append(copied(logits[0], ids[0, -asked:], letters) / letters)
             bar.update()
     return found
 
@@ -177,19 +183,20 @@ def measure(host: Host, attention: str, options: argparse.Namespace, bar: tqdm) 
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     model = host.load(options.device, dtype)
     arms = list(ARMS)
+    tail = min(options.tail, host.length // 4)
+    windows = host.held_out(options.windows)
+    unpatched: list[dict[str, float]] = []
     if attention == "gravity":
         arms = list(GRAVITY_ARMS)
-        patch_with_gravity(model, GravityConfig(law="power"))
-        sample = host.calibration(4, min(1024, host.length), seed=host.seed)
-        batches = [{"input_ids": x} for x in sample.to(options.device).split(1)]
-        calibrate(model, batches, progress=False)
-    tail = min(options.tail, host.length // 4)
-    of_text = losses(model, host.held_out(options.windows), arms, tail, bar)
+        unpatched = losses(model, windows, [CONTROL], tail, bar)[CONTROL]
+        _patch(model, host)
+    of_text = losses(model, windows, arms, tail, bar)
     tokenizer = AutoTokenizer.from_pretrained(host.folder)
-    of_needles = copies(model, tokenizer, host.held_out(options.needles), arms, bar)
+    of_needles = copies(model, tokenizer, host.held_out(options.needles), arms, host.seed, bar)
     config = model.config
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return [
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+    rows = [
         {
             "seed": host.seed,
             "attention": attention,
@@ -199,25 +206,37 @@ def measure(host: Host, attention: str, options: argparse.Namespace, bar: tqdm) 
             "dtype": str(dtype).removeprefix("torch."),
             **summary(of_text[arm], of_text[CONTROL], 2 * numbers),
             "needles": len(of_needles[arm]),
-            "copied": sum(of_needles[arm]) / (NEEDLE_LETTERS * len(of_needles[arm])),
-            "whole": sum(x == NEEDLE_LETTERS for x in of_needles[arm]) / len(of_needles[arm]),
+            "copied": sum(of_needles[arm]) / len(of_needles[arm]),
+            "whole": sum(x == 1 for x in of_needles[arm]) / len(of_needles[arm]),
         }
         for arm in arms
     ]
+    if unpatched:
+        cost = _paired(of_text[CONTROL], unpatched)
+        rows[0] |= {"conversion": cost["change"], "conversion_error": cost["change_error"]}
+    return rows
+
+
+def _patch(model: Any, host: Host) -> None:
+    """Gravity in the place of dot products, calibrated and not trained."""
+    patch_with_gravity(model, GravityConfig(law="power"))
+    sample = host.calibration(4, min(1024, host.length), seed=host.seed)
+    batches = [{"input_ids": x} for x in sample.to(model.device).split(1)]
+    calibrate(model, batches, progress=False)
+
+
+def _paired(rows: list[dict[str, float]], control: list[dict[str, float]]) -> dict[str, Any]:
+    return paired([row["loss"] for row in rows], [row["loss"] for row in control])
 
 
 def summary(
     rows: list[dict[str, float]], control: list[dict[str, float]], half: int
 ) -> dict[str, Any]:
     """`half`: bytes of a token in float16."""
-    loss = torch.tensor([row["loss"] for row in rows])
-    change = loss - torch.tensor([row["loss"] for row in control])
-    several = len(rows) > 1
     return {
         "windows": len(rows),
-        "loss": float(loss.mean()),
-        "change": float(change.mean()),
-        "change_error": float(change.std() / len(rows) ** 0.5) if several else None,
+        "loss": sum(row["loss"] for row in rows) / len(rows),
+        **_paired(rows, control),
         "ratio": half / rows[0]["bytes_per_token"],
         **{name: rows[0].get(name) for name in ("key_error", "value_error")},
     }
@@ -233,7 +252,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     add("--needles", type=int, default=24, help="windows with a needle [24]")
     add("--tail", type=int, default=1024, help="tokens that follow the prompt [1024]")
     add("--attention", nargs="+", default=["dot_product", "gravity"], help="of the hosts")
-    add("--out", type=Path, default=RESULT, metavar="FILE.json", help="[results/kv_cache.json]")
+    add("--out", type=Path, metavar="FILE.json", help="[results/kv_cache.json]")
     options = parser.parse_args(given)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: expected a CUDA device, found none; use --device cpu")
@@ -244,6 +263,9 @@ def parse(given: list[str]) -> argparse.Namespace:
         parser.error("--windows, --needles, --tail: expected 1 or more")
     if options.quick:
         options.windows, options.needles = min(options.windows, 2), min(options.needles, 2)
+        if options.out is None:
+            parser.error("--quick: expected --out too: what is measured then is not to be kept")
+    options.out = options.out or RESULTS / result_name("kv_cache", options)
     return options
 
 
@@ -264,23 +286,29 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    hosts = hosts_of(options)
+    try:
+        hosts = hosts_of(options)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     known = run_conditions(options.device) | {
         "command": shlex.join(["python", "scripts/experiments/kv_cache.py", *given]),
         "settings": {
             **{name: getattr(options, name) for name in ("windows", "needles", "tail", "quick")},
-            **{"chunk": CHUNK, "needle_letters": NEEDLE_LETTERS, "text": hosts[0].record["text"]},
+            **{"chunk": CHUNK, "needle_letters": NEEDLE_LETTERS, "host": hosts[0].described()},
         },
     }
     rows = finished(options.out, public(known))
-    steps = {"dot_product": len(ARMS), "gravity": len(GRAVITY_ARMS)}
     todo = list(_todo(hosts, options.attention, rows))
-    work = sum(steps[attention] for _, attention in todo) * (options.windows + options.needles)
+    both = options.windows + options.needles
+    steps = {"dot_product": len(ARMS) * both, "gravity": len(GRAVITY_ARMS) * both + options.windows}
+    work = sum(steps[attention] for _, attention in todo)
     with tqdm(total=work, desc="kv cache", disable=None) as bar:
         for host, attention in todo:
             rows += measure(host, attention, options, bar)
-            trained = [host.record for host in hosts]
-            report = {"conditions": known, "hosts": trained, "rows": rows}
+            report = {"conditions": known, "unit": hosts[0].unit, "host": hosts[0].described()}
+            if not options.pretrained:
+                report["hosts"] = [host.record for host in hosts]
+            report["rows"] = rows
             write_json(options.out, public(report))
     for row in rows:
         print(show(row))

@@ -84,6 +84,34 @@ class Host:
     record: dict[str, Any]
     files: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> Any:
+        """The `TokenStream` that windows are taken from."""
+        return stream(self.files)
+
+    @property
+    def shelf(self) -> Path:
+        """The folder for what is learnt about this host."""
+        return self.folder
+
+    @property
+    def unit(self) -> str:
+        return "nats per byte of held-out text"
+
+    @property
+    def heal_rate(self) -> float:
+        """AdamW's where it is trained on: a third of the rate that it was trained with."""
+        return self.record["settings"]["rate"] / 3
+
+    def described(self) -> dict[str, Any]:
+        """What a result says of its host, apart from its seed; `apart`: whether each seed has
+        windows of its own."""
+        settings = {name: x for name, x in self.record["settings"].items() if name != "seed"}
+        known = {name: self.record[name] for name in ("parameters", "tokens", "text")}
+        name = f"a Llama that lean_hosts.py trained, {settings['preset']}"
+        more = {"length": self.length, "unit": self.unit, "apart": False}
+        return {"name": name, **more, "settings": settings, **known}
+
     def load(self, device: str = "cpu", dtype: Any = None) -> Any:
         """A fresh model under SDPA, in evaluation mode; `dtype` None: float32."""
         import torch
@@ -96,19 +124,20 @@ class Host:
 
     def held_out(self, count: int, length: int | None = None) -> Any:
         """Ids `[<= count, length]` of text that no host was trained on, evenly spread."""
-        from gravity_hf.training.streams import ConsecutiveWindows
-
-        windows = ConsecutiveWindows(stream(self.files).validation, count, length or self.length)
+        windows = self._consecutive(count, length or self.length)
         return windows.__getitems__(list(range(len(windows))))
 
     def calibration(self, count: int, length: int | None = None, seed: int = 0) -> Any:
         """Ids `[count, length]` from random places of the training text."""
         from gravity_hf.training.streams import RandomWindows
 
-        windows = RandomWindows(
-            stream(self.files).train, count, length or self.length, seed=10_000 + seed
-        )
+        windows = RandomWindows(self.text.train, count, length or self.length, seed=10_000 + seed)
         return windows.__getitems__(list(range(count)))
+
+    def _consecutive(self, count: int, length: int) -> Any:
+        from gravity_hf.training.streams import ConsecutiveWindows
+
+        return ConsecutiveWindows(self.text.validation, count, length)
 
 
 def host_at(
@@ -208,14 +237,17 @@ def _train(
 
 
 def add_host_options(parser: argparse.ArgumentParser) -> None:
-    """`--hosts --preset --data --seeds --length --device --quick --commit`, as every script on
-    these hosts has them."""
+    """`--hosts --preset --data --pretrained --text --held-out --seeds --length --device --quick
+    --commit`, as every script on these hosts has them."""
     add = parser.add_argument
     add("--hosts", "--folder", type=Path, default=Path("runs/lean_hosts"), help="their folder")
     add("--preset", choices=list(PRESETS), help="of hosts [cuda: gpu, cpu: cpu]")
     add("--data", default=STDLIB, metavar="NAME=FILE[,FILE]", help=f"[{STDLIB}]")
+    add("--pretrained", metavar="FOLDER", help="this causal model in place of trained hosts")
+    add("--text", nargs="+", default=[], metavar="FILE", help=f"of --pretrained; or {STDLIB}")
+    add("--held-out", type=float, default=0.5, help="share of each --text [0.5]")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of hosts [0 1 2]")
-    add("--length", type=int, help="tokens of the longest windows [the preset's]")
+    add("--length", type=int, help="tokens of the longest windows [the preset's, the model's]")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--quick", action="store_true", help="the preset quick: seconds, to try")
     add("--commit", help="where the tree is a copy without git")
@@ -225,16 +257,52 @@ def hosts_of(options: argparse.Namespace) -> list[Host]:
     """The hosts that `add_host_options` asks for."""
     if options.commit:
         os.environ["GRAVITY_HF_COMMIT"] = options.commit
+    place = place_of(options)
+    return [host_of({**place, "seed": seed}) for seed in options.seeds]
+
+
+def place_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a run needs besides its seed to find its host; JSON-able.
+
+    Raises:
+        ValueError: no such text, or the options of one kind of host with the other kind.
+    """
     usual = "cpu" if options.device == "cpu" else "gpu"
     preset = options.preset or ("quick" if options.quick else usual)
-    return host_at(
-        options.hosts,
-        length=options.length,
-        seeds=tuple(options.seeds),
-        preset=preset,
-        data=options.data,
-        device=options.device,
-    )
+    place = {
+        "preset": preset,
+        "length": options.length,
+        "data": options.data,
+        "device": options.device,
+        "hosts": str(options.hosts),
+    }
+    text_of(options.data)
+    if not options.pretrained:
+        if options.text:
+            raise ValueError("--text: expected --pretrained beside it; trained hosts have --data")
+        return place
+    if not options.text:
+        raise ValueError("--pretrained: expected --text FILE..., to measure it on")
+    texts = {"text": list(options.text), "held_out": options.held_out}
+    return {**place, "pretrained": options.pretrained, **texts}
+
+
+def host_of(run: dict[str, Any]) -> Host:
+    """The host of a run: of its `seed`, at its place (`place_of`)."""
+    if run.get("pretrained"):
+        from pretrained_host import pretrained_at
+
+        how = {"length": run["length"], "share": run["held_out"], "preset": run["preset"]}
+        place = (run["pretrained"], run["text"], run["hosts"])
+        return pretrained_at(*place, seeds=(run["seed"],), **how)[0]
+    known = {name: run[name] for name in ("length", "preset", "data", "device")}
+    return host_at(run["hosts"], seeds=(run["seed"],), **known)[0]
+
+
+def result_name(stem: str, options: argparse.Namespace, usual: str = "") -> str:
+    """Of a result file: that of a pretrained host stands beside those of trained ones."""
+    kind = "pretrained" if options.pretrained else usual
+    return f"{stem}_{kind}.json" if kind else f"{stem}.json"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -243,6 +311,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_host_options(parser)
     options = parser.parse_args(arguments)
+    if options.pretrained:
+        parser.error("--pretrained: expected hosts to train, got one that is")
     try:
         hosts = hosts_of(options)
     except ValueError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lean_hosts
 import torch
 from lean_training import train
+from paired_changes import paired
 from torch import Tensor, nn
+from window_losses import window_losses
 
 from gravity_hf import KeyBudget, densify_attention, sparsify_attention, sparsity
 from gravity_hf.integration.screening_fit import fit_screening, measure_screening
@@ -21,6 +22,7 @@ from gravity_hf.training.measures import mean_loss
 
 # How keys are chosen; the last two are controls with as many keys.
 SCREENINGS = ("keys", "principal", "learned", "window", "random")
+CONTROLS = ("window", "random")
 PROJECTED = ("principal", "learned")
 SCREEN_DIM, SINKS, WINDOW = 16, 4, 64
 FIT_RATE = 1e-2
@@ -35,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "sizes": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4},
             "inner": 768,
             "budget": (256, 32),
-            "stage": (200, 16, 2048),
+            "stage": (400, 8, 2048),
             "length": 8192,
             "windows": 8,
         },
@@ -79,8 +81,12 @@ NATIVE = [
 class ByLot(nn.Module):
     """A screening that knows nothing: the choice is by lot, the same at each call."""
 
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(q.device).manual_seed(0)
+        generator = torch.Generator(q.device).manual_seed(self.seed)
         made = [torch.randn(*x.shape[:3], 8, generator=generator, device=x.device) for x in (q, k)]
         return made[0].to(q.dtype), made[1].to(q.dtype)
 
@@ -92,20 +98,20 @@ def budget_of(top_k: int, block_size: int, screening: str = "keys") -> KeyBudget
 
 
 def host_run(run: dict[str, Any]) -> dict[str, Any]:
-    """One host under one budget: losses, recall and times of every screening, beside dense."""
-    host, size = _host(run), SIZES[run["size"]]
+    """One host under one budget: losses, recall, times and memory of every screening, beside
+    dense."""
+    host, size = lean_hosts.host_of(run), SIZES[run["size"]]
     device, dtype = run["device"], torch.float32 if run["device"] == "cpu" else torch.bfloat16
     model = host.load(device, dtype)
     windows = host.held_out(size["windows"], run["context"]).split(1)
-    dense = mean_loss(model, windows)
+    dense = window_losses(model, windows)
     rows = []
     for screening in SCREENINGS:
         _make_sparse(model, run, screening, host, size)
-        loss = mean_loss(model, windows)
-        sparse_s, dense_s = _seconds_in_turns(model, windows[0].to(device), size["repeats"])
-        row = {"screening": screening, "loss": loss, "change": loss - dense}
-        row |= {"seconds": sparse_s, "dense_seconds": dense_s}
-        if screening not in ("window", "random"):
+        losses = window_losses(model, windows)
+        row = {"screening": screening, "loss": statistics.fmean(losses), **paired(losses, dense)}
+        row |= _prefill(model, windows[0].to(device), size["repeats"])
+        if screening not in CONTROLS:
             recall = measure_screening(model, [{"input_ids": x} for x in windows[:2]])
             row |= {"recall": recall._asdict()}
         rows.append(row)
@@ -114,13 +120,13 @@ def host_run(run: dict[str, Any]) -> dict[str, Any]:
         "kind": "host",
         **{name: run[name] for name in ("seed", "top_k", "block_size")},
         "length": windows[0].shape[1],
-        "dense_loss": dense,
-        "unit": "nats per byte of held-out text",
+        "dense_loss": statistics.fmean(dense),
+        "unit": host.unit,
         "windows": len(windows),
         "parameters": model.num_parameters(),
         "dtype": str(dtype).removeprefix("torch."),
         "rows": rows,
-        "host": {name: host.record[name] for name in ("settings", "tokens", "text")},
+        "host": host.described(),
         "conditions": run_conditions(device),
     }
 
@@ -183,18 +189,6 @@ def _native_losses(model: Any, text: Any, size: dict[str, Any]) -> dict[str, dic
     return found
 
 
-def _host(run: dict[str, Any]) -> lean_hosts.Host:
-    (host,) = lean_hosts.host_at(
-        run["hosts"],
-        length=run["length"],
-        seeds=(run["seed"],),
-        preset=run["preset"],
-        data=run["data"],
-        device=run["device"],
-    )
-    return host
-
-
 def _make_sparse(
     model: Any, run: dict[str, Any], screening: str, host: lean_hosts.Host, size: dict[str, Any]
 ) -> None:
@@ -205,7 +199,7 @@ def _make_sparse(
     )
     if screening == "random":
         for module in sparse_modules(model).values():
-            module.screening = ByLot()
+            module.screening = ByLot(run["seed"])
     if screening in PROJECTED:
         _fit(model, screening, host, size, run["context"])
 
@@ -220,11 +214,12 @@ def _fit(
     batches, steps = size["fit"]
     steps = steps if screening == "learned" else 0
     how = f"{SCREEN_DIM}-{batches}-{steps}-{context or host.length}"
-    file = Path(host.folder) / f"screening-{screening}-{how}.safetensors"
+    file = host.shelf / f"screening-{screening}-{how}.safetensors"
     if not file.is_file():
-        known = host.calibration(batches + 1, context, seed=1).split(1)
+        known = host.calibration(batches + 1, context, seed=1 + host.seed).split(1)
         inputs = [{"input_ids": ids} for ids in known]
         fit_screening(model, inputs[1:], steps=steps, lr=FIT_RATE, evaluation=inputs[:1])
+        file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".tmp")
         save_file(_tensors(modules), unfinished)
         unfinished.replace(file)
@@ -242,8 +237,9 @@ def _tensors(modules: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _seconds_in_turns(model: Any, ids: Tensor, repeats: int) -> tuple[float, float]:
-    """Median seconds of a prefill of `ids`, sparse and dense, called in turns."""
+def _prefill(model: Any, ids: Tensor, repeats: int) -> dict[str, float]:
+    """Median seconds of a prefill of `ids`, sparse and dense, called in turns; on a GPU the peak of
+    each above what is there before it, in MiB."""
 
     def dense() -> None:
         with sparsity(model, attention="dense"):
@@ -253,16 +249,29 @@ def _seconds_in_turns(model: Any, ids: Tensor, repeats: int) -> tuple[float, flo
         with torch.inference_mode():
             model(ids, use_cache=False, logits_to_keep=1)
 
-    times: dict[Callable[[], None], list[float]] = {prefill: [], dense: []}
+    calls: dict[str, Callable[[], None]] = {"": prefill, "dense_": dense}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, float] = {}
     for number in range(repeats + 1):
-        for call, found in times.items():
-            _synchronize(ids)
+        for name, call in calls.items():
+            before = _start_watching(ids)
             start = time.perf_counter()
             call()
             _synchronize(ids)
             if number:  # the first one chooses and compiles
-                found.append(time.perf_counter() - start)
-    return statistics.median(times[prefill]), statistics.median(times[dense])
+                times[name].append(time.perf_counter() - start)
+            if ids.is_cuda:
+                found[f"{name}peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {**{f"{name}seconds": statistics.median(x) for name, x in times.items()}, **found}
+
+
+def _start_watching(x: Tensor) -> int:
+    """Bytes that are allocated on x's GPU, above which its peak counts from now on."""
+    if not x.is_cuda:
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _synchronize(x: Tensor) -> None:

@@ -4,13 +4,16 @@
     python scripts/experiments/sparse_attention.py --device cuda         # hosts of 13 M, 8192
     python scripts/experiments/sparse_attention.py --preset gpu --context 4096  # those, on the CPU
     python scripts/experiments/sparse_attention.py --parts native        # LeanFormers alone
+    python scripts/experiments/sparse_attention.py --parts hosts --pretrained MODEL --text one.txt
     python scripts/experiments/sparse_attention.py --quick --out try.json
 
-Hosts are those of lean_hosts.py, trained densely and not changed. Keys are chosen by queries and
-keys themselves, by their principal directions, or by projections that learnt from dense attention;
-controls of the same size are the last keys alone ("window") and blocks by lot ("random"). Beside
-the loss stand the share of dense attention's weights on the chosen keys, the share of causal pairs
-that is computed, and the seconds of a forward pass, called in turns with the dense one.
+Hosts are those of lean_hosts.py, or with --pretrained a causal model from any folder; they were
+trained densely and are not changed. Keys are chosen by queries and keys themselves, by their
+principal directions, or by projections that learnt from dense attention; controls of the same size
+are the last keys alone ("window") and blocks by lot ("random"). Beside the loss stand the standard
+error of its change over windows, the share of dense attention's weights on the chosen keys, the
+share of causal pairs that is computed, and the seconds of a forward pass, called in turns with the
+dense one, on a GPU with its peak memory.
 
 The hosts of 3 M parameters are hardly trained and may lose nothing without context, which the
 controls show; where those of a GPU are in --hosts, --preset gpu measures them on a CPU, too.
@@ -32,13 +35,15 @@ from pathlib import Path
 from typing import Any
 
 from geolip_runs import named, over_seeds, show
-from lean_hosts import add_host_options, text_of
+from lean_hosts import add_host_options, place_of, result_name, text_of
+from paired_changes import pooled_error
 from pool import run_all
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ("hosts", "native")
-# So much more loss, in nats per byte, counts as none.
+# So much more loss, in the unit of the losses, counts as none.
 TOLERANCE = 0.01
+NUMBERS = ("loss", "change", "seconds", "dense_seconds", "peak_mib", "dense_peak_mib")
 
 
 def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -46,17 +51,12 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     usual = "cpu" if options.device == "cpu" else "gpu"
     size = "quick" if options.quick else usual
-    _, files = text_of(options.data)
-    place = {"size": size, "device": options.device, "data": options.data, "files": list(files)}
+    # Native models are trained on bytes, whatever the tokens of a pretrained host are.
+    files = list(text_of(options.data)[1])
+    own = {"size": size, "device": options.device, "data": options.data, "files": files}
     runs = []
     if "hosts" in options.parts:
-        of_host = {
-            **place,
-            "preset": options.preset or size,
-            "length": options.length,
-            "context": options.context,
-            "hosts": str(options.hosts),
-        }
+        of_host = {**place_of(options), "size": size, "context": options.context}
         for seed in options.seeds:
             for top_k, block_size in SIZES[size]["budgets"]:
                 settings = {"part": "hosts", "top_k": top_k, "block_size": block_size, **of_host}
@@ -64,7 +64,7 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
     if "native" in options.parts:
         for seed in options.seeds:
             for attention, trained in NATIVE:
-                settings = {"part": "native", "attention": attention, "trained": trained, **place}
+                settings = {"part": "native", "attention": attention, "trained": trained, **own}
                 runs.append(named(f"native {attention} {trained}", seed, settings))
     return runs
 
@@ -90,19 +90,34 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             found = [run["rows"][number] for run in mine]
             row = {"top_k": top_k, "block_size": block_size, "screening": first["screening"]}
             row["seeds"] = [run["seed"] for run in mine]
-            names = ("loss", "change", "seconds", "dense_seconds")
-            row |= {name: over_seeds([x[name] for x in found]) for name in names}
+            row |= {n: over_seeds([x[n] for x in found]) for n in NUMBERS if n in first}
+            row |= _errors(mine, found)
             if "recall" in first:
                 names = tuple(first["recall"])
                 row |= {f"recall_{n}": over_seeds([x["recall"][n] for x in found]) for n in names}
             rows.append(row)
+    host = {"host": hosts[0]["host"], "unit": hosts[0]["unit"]} if hosts else {}
     return {
+        **host,
         "rows": rows,
         "kept": kept(rows),
         "native": _native(native),
         "dense_loss": {str(run["seed"]): run["dense_loss"] for run in hosts},
-        "runs": runs,
+        "runs": [brief(run) for run in runs],
     }
+
+
+def brief(run: dict[str, Any]) -> dict[str, Any]:
+    """Without what is the same for all, and stands above them."""
+    return {name: x for name, x in run.items() if name not in ("run", "host", "conditions")}
+
+
+def _errors(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Windows in all, and the standard error of their mean change."""
+    apart = runs[0]["host"]["apart"]
+    counts = [run["windows"] for run in runs]
+    error = pooled_error([row["change_error"] for row in rows], apart)
+    return {"windows": sum(counts) if apart else max(counts), "change_error": error}
 
 
 def kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,12 +168,13 @@ def tables(content: dict[str, Any]) -> None:
             row["screening"],
             f"{row['loss']['median']:.4f}",
             f"{row['change']['median']:+.4f}",
+            "–" if row["change_error"] is None else f"{row['change_error']:.4f}",
             "–" if recall is None else f"{recall:.3f}",
             f"{row['seconds']['median'] * 1e3:.1f}",
             f"{row['dense_seconds']['median'] * 1e3:.1f}",
         ]
         lines.append(cells)
-    show(["budget", "keys by", "loss", "change", "recall", "ms", "dense ms"], lines)
+    show(["budget", "keys by", "loss", "change", "error", "recall", "ms", "dense ms"], lines)
     lines = []
     for row in content["native"]:
         for length, losses in row["losses"].items():
@@ -180,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--minutes", type=float, help="start no run later than this [CPU: 60, GPU: 3.5]")
     add("--runs", type=Path, default=Path("runs/sparse_attention"), help="what is kept of runs")
-    add("--out", type=Path, help="JSON [results/sparse_attention_DEVICE.json]")
+    add("--out", type=Path, help="JSON [results/sparse_attention_DEVICE.json, _pretrained.json]")
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
     if options.quick and options.out is None:
@@ -201,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = shlex.join(["python", "scripts/experiments/sparse_attention.py", *given])
     content = {"conditions": {**done[-1]["conditions"], "command": command}, **summary(done)}
     content = public(content)
-    out = options.out or RESULTS / f"sparse_attention_{options.device}.json"
+    out = options.out or RESULTS / result_name("sparse_attention", options, options.device)
     print(f"written to {write_json(out, content)}")
     tables(content)
     if len(done) < len(runs):

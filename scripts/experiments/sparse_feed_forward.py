@@ -2,11 +2,12 @@
 
     python scripts/experiments/sparse_feed_forward.py --device cuda
     python scripts/experiments/sparse_feed_forward.py --preset cpu --seeds 0
+    python scripts/experiments/sparse_feed_forward.py --parts hosts --pretrained MODEL --text A B
     python scripts/experiments/sparse_feed_forward.py --quick --out trial.json  # seconds, to try
 
-Part "hosts": the hosts of `lean_hosts.py`, whose weights stay as they are. Held-out loss, in nats,
-of the dense model, and of the model that keeps a share of the blocks of neurons of each layer,
-chosen for each token by
+Part "hosts": the hosts of `lean_hosts.py`, or with --pretrained a causal model from any folder,
+whose weights stay as they are. Held-out loss, in nats, of the dense model, and of the model that
+keeps a share of the blocks of neurons of each layer, chosen for each token by
 
     predictor   `fit_predictors`, on other text
     oracle      the blocks of most energy, which only the dense layer knows: no predictor can
@@ -15,7 +16,8 @@ chosen for each token by
     random      blocks at random
 
 and the first three again after `calibrate_blocks`, which puts neurons that are active together into
-one block. `excess` is the loss above that of the dense model on the same text.
+one block. `excess` is the loss above that of the dense model on the same text, `excess_error` the
+standard error of its mean over windows.
 
 Part "native": LeanFormers trained from scratch on the same text, steps and seeds: dense throughout,
 with the mask over the last fifth of the steps, and with the mask over all of them; each is then
@@ -39,7 +41,15 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
 from feed_forward_hosts import host_rows, measured  # noqa: E402
-from lean_hosts import Host, add_host_options, hosts_of, stream, text_of  # noqa: E402
+from lean_hosts import (  # noqa: E402
+    Host,
+    add_host_options,
+    hosts_of,
+    result_name,
+    stream,
+    text_of,
+)
+from paired_changes import pooled_error  # noqa: E402
 from pool import training_arguments  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import set_seed  # noqa: E402
@@ -56,9 +66,12 @@ from gravity_hf.training.measures import mean_loss  # noqa: E402
 from gravity_hf.training.optim import GravityTrainer  # noqa: E402
 from gravity_hf.training.streams import ConsecutiveWindows, RandomWindows, collate  # noqa: E402
 
-RESULT = HERE / "results" / "sparse_feed_forward.json"
-# Block size and sparsity, of hosts.
+RESULTS = HERE / "results"
+# Block size and sparsity, of hosts; and to try, of small layers and of a pretrained host's.
 CHOICES = ((32, 0.5), (32, 0.8), (32, 0.9), (64, 0.8))
+QUICK_CHOICE, QUICK_PRETRAINED = (8, 0.5), (64, 0.8)
+# A host that was trained for long needs more of its neurons.
+PRETRAINED_CHOICES = ((32, 0.1), (32, 0.25), (32, 0.5), (32, 0.8))
 # Share of the steps under the mask, by arm of the native part.
 PHASES = {"dense": 0.0, "masked at the end": 0.2, "masked throughout": 1.0}
 
@@ -97,6 +110,8 @@ SCALES = {
     "cpu": Scale(256, 16, 4, 100, 2e-2, _native(128, 3, 512), 300, 4),
     "quick": Scale(64, 2, 2, 2, 1e-2, _native(32, 1, 64), 5, 2),
 }
+# Of a pretrained host: its own length, one window at once.
+PRETRAINED = SCALES["gpu"]._replace(length=8192, held_out=8, rows=1, fit_batches=64)
 
 
 def native_row(seed: int, arm: str, scale: Scale, files: Any, device: str) -> dict[str, Any]:
@@ -147,15 +162,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_host_options(parser)
     parts = ("hosts", "native")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"[results/{RESULT.name}]")
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="JSON [results/sparse_feed_forward.json]")
+    options = parser.parse_args(arguments)
+    if options.quick and options.out is None:
+        parser.error("--quick: expected --out too: what is measured then is not to be kept")
+    options.out = options.out or RESULTS / result_name("sparse_feed_forward", options)
+    return options
 
 
 class Results:
     """Rows by part, written whenever there are new ones; those of an equal run are kept."""
 
-    def __init__(self, file: Path, conditions: dict[str, Any]) -> None:
+    def __init__(self, file: Path, conditions: dict[str, Any], host: Host) -> None:
         self.file, self.conditions = file, public(conditions)
+        self.head = {"unit": host.unit, "host": host.described()}
         self.parts: dict[str, list[dict[str, Any]]] = {"hosts": [], "native": []}
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -168,13 +188,15 @@ class Results:
 
     def add(self, part: str, rows: list[dict[str, Any]]) -> None:
         self.parts[part] += rows
-        report = {"unit": "nats per byte of held-out text", "conditions": self.conditions}
-        report |= {"rows": self.parts, "summary": summary(self.parts)}
+        report = {**self.head, "conditions": self.conditions, "rows": self.parts}
+        report["summary"] = summary(self.parts, self.head["host"]["apart"])
         write_json(self.file, public(report))
 
 
-def summary(parts: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Mean, least and most of the excess over seeds, of every arm."""
+def summary(
+    parts: dict[str, list[dict[str, Any]]], apart: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Mean, least and most of the excess over seeds, of every arm; `apart`: see `pooled_error`."""
     found: dict[str, list[dict[str, Any]]] = {}
     names = {"hosts": ("block_size", "sparsity", "reordered", "arm"), "native": ("arm",)}
     for part, rows in parts.items():
@@ -185,6 +207,11 @@ def summary(parts: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, 
             {**dict(zip(names[part], key, strict=True)), "seeds": len(of), **_spread(of)}
             for key, of in arms.items()
         ]
+        for line, of in zip(found[part], arms.values(), strict=True):
+            error = pooled_error([row.get("excess_error") for row in of], apart)
+            line |= {} if error is None else {"excess_error": error}
+            if "windows" in of[0]:
+                line["windows"] = sum(row["windows"] for row in of) if apart else of[0]["windows"]
     return found
 
 
@@ -208,14 +235,16 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     preset = hosts[0].record["settings"]["preset"]
-    scale = SCALES[preset]
+    full = options.pretrained and preset != "quick"
+    scale = PRETRAINED if full else SCALES[preset]
     settings = {"preset": preset, "scale": scale._asdict(), "data": text_of(options.data)[0]}
+    settings["host"] = hosts[0].described()
     conditions = run_conditions(options.device) | {
         "command": shlex.join(["python", "scripts/experiments/sparse_feed_forward.py", *given]),
         "settings": settings,
     }
     # As JSON has them, so that a file's can be compared.
-    results = Results(options.out, json.loads(json.dumps(conditions)))
+    results = Results(options.out, json.loads(json.dumps(conditions)), hosts[0])
     jobs = _jobs(options, hosts, scale, files, results)
     for part, name, work in tqdm(jobs, desc="sparse_feed_forward", disable=not sys.stderr.isatty()):
         rows = work()
@@ -235,7 +264,9 @@ def _jobs(
     """What has no rows yet: part, name, and what gives its rows."""
     jobs: list[tuple[str, str, Callable[[], list[dict[str, Any]]]]] = []
     device = options.device
-    choices = CHOICES if hosts[0].record["settings"]["preset"] != "quick" else ((8, 0.5),)
+    choices = PRETRAINED_CHOICES if options.pretrained else CHOICES
+    if hosts[0].record["settings"]["preset"] == "quick":
+        choices = (QUICK_PRETRAINED if options.pretrained else QUICK_CHOICE,)
     for host in hosts if "hosts" in options.parts else []:
         for block, share in choices:
             if not results.has("hosts", seed=host.seed, block_size=block, sparsity=share):

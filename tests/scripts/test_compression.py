@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
 MODULES = ("compression", "compression_arms", "lean_hosts", "geolip_runs", "pool")
+MODULES += ("window_losses", "paired_changes", "pretrained_host")
 
 
 def _forget() -> None:
@@ -58,8 +60,15 @@ def test_rows_say_what_was_lost_and_saved(experiment: dict[str, Any]) -> None:
     rows = {row["arm"]: row for row in experiment["content"]["rows"]}
     runs = {run["arm"]: run for run in experiment["content"]["runs"]}
     plain, dense = runs["plain"], runs["dense"]
-    assert rows["plain"]["change"]["median"] == plain["loss"] - dense["loss"]
-    assert rows["plain"]["healed_change"]["median"] == plain["healed_loss"] - dense["healed_loss"]
+    assert rows["plain"]["change"]["median"] == pytest.approx(plain["loss"] - dense["loss"])
+    healed = plain["healed_loss"] - dense["healed_loss"]
+    assert rows["plain"]["healed_change"]["median"] == pytest.approx(healed)
+    differences = [
+        a - b for a, b in zip(plain["healed_losses"], dense["healed_losses"], strict=True)
+    ]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    assert rows["plain"]["healed_change_error"] == pytest.approx(error)
+    assert rows["plain"]["change_error"] > 0 and rows["plain"]["windows"] == 2
     assert rows["plain"]["layers_smaller"]["median"] > rows["plain"]["smaller"]["median"] > 1
     assert all(run["healed_loss"] != run["loss"] and run["seconds"] > 0 for run in runs.values())
 

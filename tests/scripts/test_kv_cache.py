@@ -13,6 +13,7 @@ import torch
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 MODULES = ("pool", "timing", "results", "gate", "lean_hosts", "kv_cache", "kv_needles")
+MODULES += ("window_losses", "paired_changes", "pretrained_host")
 
 
 def _loaded(folder: str):
@@ -101,7 +102,12 @@ def test_the_experiment_sets_every_arm_beside_its_control(rows):
     for (attention, _), row in found.items():
         control = found[attention, "dynamic"]
         assert row["change"] == pytest.approx(row["loss"] - control["loss"], abs=1e-6)
+        # Of one window nobody knows how much others differ.
+        assert row["change_error"] is None
         assert control["key_error"] == control["value_error"] == control["change"] == 0
+    patched, host = found["gravity", "dynamic"], found["dot_product", "dynamic"]
+    assert patched["conversion"] == pytest.approx(patched["loss"] - host["loss"], abs=1e-6)
+    assert patched["conversion"] != 0 and "conversion" not in host
     host = {arm: row for (attention, arm), row in found.items() if attention == "dot_product"}
     assert 0 < host["8 bits"]["key_error"] < 0.01 < host["2 bits"]["key_error"]
     assert abs(host["8 bits"]["change"]) < 0.01
@@ -137,20 +143,34 @@ def test_a_filled_cache_is_one_that_the_model_read_the_prompt_into(experiment):
 
 def test_a_needle_is_in_the_middle_and_asked_for_at_the_end(experiment):
     window = torch.full((120,), ord("x"))
-    ids, asked = experiment.with_needle(window, lambda text: list(text.encode()), random.Random(3))
+    ids_of = lambda text: list(text.encode())  # noqa: E731
+    ids, asked, letters = experiment.with_needle(window, ids_of, random.Random(3))
     text = bytes(ids.tolist()).decode()
-    assert len(text) == 120
-    opening, letters = text[-asked:-12], text[-12:]
-    assert opening.startswith("\n") and opening.endswith("'") and letters.isalpha()
-    assert text[:-asked].strip("x") == f"{opening}{letters}'\n"
+    assert len(text) == 120 and letters == 12
+    opening, name = text[-asked:-12], text[-12:]
+    assert opening.startswith("\n") and opening.endswith("'") and name.isalpha()
+    assert text[:-asked].strip("x") == f"{opening}{name}'\n"
     assert abs(text.index(opening) + asked // 2 - 60) < asked
+
+
+def test_a_needle_has_the_same_tokens_at_both_places_whatever_the_tokenizer_joins(experiment):
+    def ids_of(text: str) -> list[int]:
+        """Pairs of characters: where a text begins decides how all of it is cut."""
+        return [1 + int.from_bytes(text[i : i + 2].encode()) for i in range(0, len(text), 2)]
+
+    ids, asked, letters = experiment.with_needle(torch.zeros(90), ids_of, random.Random(3))
+    assert letters == 6 and len(ids) == 90
+    question = ids[-asked:].tolist()
+    line = [number for number in ids[:-asked].tolist() if number]
+    assert line[:asked] == question and len(line) == asked + 1
 
 
 def test_letters_count_as_copied_where_they_are_likeliest(experiment):
     question = torch.tensor(list(b"\nNAME = 'abcdefghijkl"))
     logits = torch.nn.functional.one_hot(question[1:], 256).float()
-    assert experiment.copied(logits, question) == 12
+    assert experiment.copied(logits, question, 12) == 12
     # The one that the opening predicts, and the last.
     for place in (-12, -1):
         logits[place] = 0
-    assert experiment.copied(logits, question) == 10
+    assert experiment.copied(logits, question, 12) == 10
+    assert experiment.copied(logits, question, 11) == 10

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
-MODULES = ("pool", "lean_hosts", "lean_training")
+MODULES = ("pool", "lean_hosts", "lean_training", "pretrained_host")
 
 
 @pytest.fixture(autouse=True)

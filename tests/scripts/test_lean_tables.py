@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (str(ROOT / "scripts"), str(ROOT / "scripts" / "experiments"))
-MODULES = ("lean_tables", "governed_report", "governed_arms", "table_text")
+MODULES = ("lean_tables", "lean_loss_tables", "governed_report", "governed_arms", "table_text")
+MODULES += ("paired_changes",)
 BENCHMARK = {
     "device": "a card", "versions": {"torch": "2.1", "triton": None, "cudnn": None},
     "commit": "0123456789abc", "date": "2026-01-02T03:04",
@@ -65,10 +66,15 @@ CONTENTS: dict[str, dict[str, Any]] = {
                 "seconds": three(0.1), "dense_seconds": three(0.2),
             },
         ],
-        "kept": [{"screening": "keys", "tolerance": 0.01, "budget": [512, 32], "over_dense": 2.0}],
+        "kept": [
+            {
+                "screening": "keys", "tolerance": 0.01, "budget": [512, 32], "over_dense": 2.0,
+                "change": 0.008,
+            },
+        ],
         "native": [
             {
-                "attention": "gravity", "trained": "sparse",
+                "attention": "gravity", "trained": "sparse", "budget": [96, 8], "seeds": [0, 1, 2],
                 "losses": {"8192": {"dense": three(1.4), "sparse": three(1.45)}},
             },
         ],
@@ -105,7 +111,8 @@ CONTENTS: dict[str, dict[str, Any]] = {
         },
     },
     "experiments/compression_cuda": {
-        "conditions": EXPERIMENT, "unit": "nats per byte of the held-out text",
+        "conditions": EXPERIMENT, "unit": "nats per byte of held-out text",
+        "heal": [60, 16, 1024, 5e-4],
         "rows": [
             {
                 "arm": "weighted", "energy": 0.95, "seeds": [0, 1, 2], "loss": three(1.9),
@@ -130,7 +137,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
         "rows": [
             {
                 "seed": seed, "attention": "gravity", "arm": "4 bits", "length": 8192,
-                "ratio": 3.5, "change": change, "key_error": 0.09, "copied": 0.5,
+                "ratio": 3.5, "change": change, "key_error": 0.09, "copied": 0.5, "tail": 1024,
             }
             for seed, change in ((0, 0.001), (1, 0.003))
         ],
@@ -152,12 +159,16 @@ SHOWN = {
     "lean-sparse-speed": ["layer, prefill, dot, 8192 | 4 ms | 2 ms (2.00x) |", "commit 0123456789"],
     "lean-sparse-loss": [
         "512 keys, blocks of 32, by keys | 1.5000 | +0.0200",
-        "keys 512/32 (2.00x)",
+        "keys 512/32 (+0.0080, 2.00x)",
+        "medians over 3 seeds",
     ],
     "lean-sparse-native": ["gravity, trained sparse, 8192 tokens | 1.4000 (1.3900 to 1.4100)"],
     "lean-feed-forward-speed": ["whole | 2 ms", "blocks of 64 | 0.8 ms (2.50x, gathered)"],
     "lean-feed-forward-loss": ["80% left out, reordered, oracle | 1.5000", "masked at the end"],
-    "lean-compression": ["weighted, energy 0.95 | 5.00 M | 6.00 M | 1.9000 | 1.6000 | +0.0700"],
+    "lean-compression": [
+        "weighted, energy 0.95 | 5.00 M | 6.00 M | 1.9000 | 1.6000 | +0.0700",
+        "60 steps of 16",
+    ],
     "lean-kv-speed": ["1B, 8192, rotated 4 | 1.0 | 3.56x | 30 ms | 9 ms"],
     "lean-kv-loss": ["gravity, 4 bits | 3.50x | +0.00200 (+0.00100 to +0.00300) | 0.0900 | 50%"],
     "lean-governed": ["llama, governed | 2.1000 ± 0.0100 | +0.0133 | 1 of 3 | 12.0% | 0.93 x"],
@@ -195,6 +206,62 @@ def test_every_table_is_tried_and_names_the_command_that_is_missing(tmp_path: Pa
     for maker in makers.values():
         with pytest.raises(FileNotFoundError, match="make it with `python scripts/"):
             maker()
+
+
+HOST = {
+    "name": "a small model", "parameters": 134_500_000, "digest": "0123456789abcdef",
+    "length": 8192, "text": "two texts", "bytes_per_token": 3.65, "apart": True,
+}  # fmt: skip
+
+
+def pretrained(name: str, error: str) -> dict[str, Any]:
+    """That content of one of a pretrained host, with standard errors under the name `error`."""
+    content = json.loads(json.dumps(CONTENTS[name]))
+    content |= {"host": HOST, "unit": "nats per token of held-out text"}
+    rows = content["summary"]["hosts"] if "summary" in content else content["rows"]
+    for row in rows:
+        row |= {error: 0.003, "windows": 24}
+    if "summary" in content:
+        content["rows"] = {
+            "hosts": [{"seed": seed, "windows": 8, "length": 8192} for seed in range(3)]
+        }
+    return content
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "error", "shown"),
+    [
+        ("lean-sparse-loss", "sparse_attention_cuda", "change_error", "+0.0200 ± 0.0030 (+0.0100"),
+        ("lean-compression", "compression_cuda", "healed_change_error", "+0.0700 ± 0.0030"),
+        ("lean-feed-forward-loss", "sparse_feed_forward", "excess_error", "+0.1000 ± 0.0030"),
+        # Two seeds of 24 windows each: more windows, a smaller error.
+        ("lean-kv-loss", "kv_cache", "change_error", "+0.00200 ± 0.00212 (+0.00100"),
+    ],
+)
+def test_a_pretrained_host_is_named_with_its_windows_and_errors(
+    table: str, name: str, error: str, shown: str, tmp_path: Path
+) -> None:
+    import lean_tables
+
+    stem = name.removesuffix("_cuda")
+    content = pretrained(f"experiments/{name}", error)
+    (tmp_path / f"{stem}_pretrained.json").write_text(json.dumps(content))
+    text = lean_tables.tables(tmp_path, tmp_path)[table]()
+    assert shown in text
+    windows = 48 if table == "lean-kv-loss" else 24
+    assert "a small model, 134.5 M parameters, weights 01234567" in text
+    assert f"{windows} windows of 8192 tokens; nats per token (3.65 bytes) of held-out text" in text
+
+
+def test_what_the_conversion_to_gravity_costs_stands_below(tmp_path: Path) -> None:
+    import lean_tables
+
+    content = pretrained("experiments/kv_cache", "change_error")
+    for row in content["rows"]:
+        row |= {"conversion": 0.02, "conversion_error": 0.004}
+    (tmp_path / "kv_cache_pretrained.json").write_text(json.dumps(content))
+    text = lean_tables.tables(tmp_path, tmp_path)["lean-kv-loss"]()
+    assert "is +0.02000 ± 0.00283 above the host" in text
 
 
 def test_both_devices_are_shown_where_both_were_measured(folders: tuple[Path, Path]) -> None:

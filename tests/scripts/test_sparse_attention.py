@@ -15,6 +15,7 @@ import torch
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 MODULES = ("sparse_attention", "sparse_arms", "sparse_calls", "lean_hosts", "geolip_runs", "pool")
 MODULES += ("lean_training", "lgt_calls", "lgt_peer", "results", "timing")
+MODULES += ("window_losses", "paired_changes", "pretrained_host")
 
 
 def _forget() -> None:
@@ -93,6 +94,8 @@ def test_controls_have_as_many_keys(room):
     q, k = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
     once, again = arms.ByLot()(q, k), arms.ByLot()(2 * q, -k)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    # Another seed draws other lots.
+    assert not torch.equal(once[0], arms.ByLot(1)(q, k)[0])
 
 
 def test_the_kept_budget_is_the_fastest_that_keeps_the_loss_at_every_seed(room):

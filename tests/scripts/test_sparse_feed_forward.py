@@ -13,6 +13,7 @@ from hosts import tiny_host
 from gravity_hf import sparsify_feed_forward
 
 ARMS = ["predictor", "oracle", "static", "random"]
+SHARED = ("window_losses", "paired_changes", "pretrained_host")
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
 
 
@@ -24,7 +25,7 @@ def script():
 
     yield sparse_feed_forward
     sys.path[:] = path
-    for name in ("sparse_feed_forward", "feed_forward_hosts", "lean_hosts", "pool"):
+    for name in ("sparse_feed_forward", "feed_forward_hosts", "lean_hosts", "pool", *SHARED):
         sys.modules.pop(name, None)
 
 

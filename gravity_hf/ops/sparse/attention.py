@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..reference import compute_dtype
 from .budget import KeyBudget
-from .checks import check_attention, check_visible
+from .checks import check_attention, check_selection, check_visible
 from .choosing import choose_implementation
 from .dense import dense_attention
 from .flex import sparse_flex_attention
@@ -16,7 +16,7 @@ from .reference import reference_attention
 from .routed import plan_of, routed_attention
 from .scores import Score
 from .selecting import Selection, select_keys
-from .triton import triton_routed_attention
+from .triton import fused_refusal, triton_fused_attention, triton_routed_attention
 
 
 def sparse_attention(
@@ -57,7 +57,8 @@ def sparse_attention(
         dropout_p: probability of dropping a weight, applied whenever it is not 0.
         impl: `"reference"` (the definition), `"masked"` (dense, the selection as its mask),
             `"gathered"` (each query's keys), `"routed"` (each block's queries), `"flex"`,
-            `"triton"` (routed, on a GPU), or `"auto"`: see `choosing.choose_implementation`.
+            `"triton"` (routed, on a GPU), `"fused"` (a few queries, their choice and attention in
+            two kernels, on a GPU), or `"auto"`: see `choosing.choose_implementation`.
             `"routed"` gathers where dropout, an additive mask or one with holes leaves it no
             blocks.
 
@@ -75,6 +76,15 @@ def sparse_attention(
         return dense_attention(
             q, k, v, score=score, mask=mask, positions=positions, dropout_p=dropout_p
         )
+    if impl == "fused" or (impl == "auto" and q.device.type == "cuda" and selection is None):
+        hidden = any(x is not None for x in (mask, positions, origin, selection))
+        call = (q, k, v, score, budget, screen or (q, k), means)
+        check_selection(*call[5], budget, score.metric, None, None, None)
+        refusal = fused_refusal(*call, hidden, dropout_p)
+        if refusal is None:
+            return triton_fused_attention(*call)
+        if impl == "fused":
+            raise ValueError(f"sparse_attention: impl='fused': expected {refusal}. Use impl='auto'")
     if selection is None:
         screen_q, screen_k = (q, k) if screen is None else screen
         selection = select_keys(

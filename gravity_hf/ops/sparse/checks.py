@@ -10,7 +10,7 @@ from torch import Tensor
 from .budget import KeyBudget
 from .scores import Gravity, Score, is_score
 
-IMPLEMENTATIONS = ("auto", "reference", "masked", "gathered", "routed", "flex", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "masked", "gathered", "routed", "flex", "triton", "fused")
 METRICS = ("dot", "distance")
 
 

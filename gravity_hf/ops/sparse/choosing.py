@@ -10,10 +10,8 @@ from .flex import flex_refusal
 from .masked import needs_gradient
 from .scores import Score
 from .selecting import Selection
-from .triton import routed_refusal
+from .triton import FEW_QUERIES, routed_refusal
 
-# Queries up to which each one's own keys are gathered: there is no product to share.
-FEW_QUERIES = 16
 # Blocks of fewer keys than this make products too thin for `routed`.
 THIN_BLOCK = 8
 # From this many keys on, what is not selected costs more than selecting, on a CPU.
@@ -39,7 +37,8 @@ def choose_implementation(
     step takes a seventh of the dense one at 32768 keys, where the cache keeps `means`, and as long
     as it at 4096. `KeyBudget.min_length` keeps shorter contexts dense.
 
-    On a GPU `triton` does the work of the chosen pairs alone, without gradients; the tiles of
+    On a GPU a decoding step without a mask does not come here: `fused` chooses and attends in two
+    kernels. `triton` does the work of the chosen pairs alone, without gradients; the tiles of
     `flex` hold the choices of 128 queries together, which are most of a few thousand keys, and it
     has gradients of dot products. Whatever neither serves, above all gradients of gravity, is dense
     attention under the selection as a mask: the numbers are those of the chosen keys, time and

@@ -8,6 +8,7 @@ from helpers import assert_within_budget
 from ops.sparse.sparse_cases import as_double, budget, mask_of, score_of, vectors
 
 from gravity_hf.ops.sparse import Gravity, sparse_attention
+from gravity_hf.ops.sparse.selecting import block_means
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,3 +107,99 @@ def test_ranks_choose_as_sorting_does(mask):
     expected = _best(scores.clone(), _choosable(seen, few, 38), few.chosen_blocks)
     assert few.chosen_blocks == 7 and (chosen[..., 7:] == -1).all()
     assert torch.equal(chosen[..., :7].sort().values, expected.sort().values)
+
+
+def decoded(
+    impl, score, keys, queries, block, kept=False, screen=None, dtype=torch.float32, **size
+):
+    q, _, _ = vectors(queries, dtype=dtype)
+    _, k, v = vectors(2, keys, dtype=dtype)
+    if impl == "reference":
+        score, (q, k, v) = as_double(score), (x.double() for x in (q, k, v))
+    options = {"screen": screen}
+    if kept:
+        options["means"] = block_means(k if screen is None else screen[1], block)
+    options = {
+        name: tuple(map(moved, x)) if isinstance(x, tuple) else moved(x)
+        for name, x in options.items()
+    }
+    with torch.no_grad():
+        return sparse_attention(
+            *map(moved, (q, k, v)), score=moved(score), budget=budget(block, **size), impl=impl,
+            **options,
+        ).cpu()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("score", "keys", "queries", "block", "kept", "size"),
+    [
+        ("dot", 150, 1, 8, False, {}),
+        ("dot", 151, 3, 8, True, {}),
+        ("power", 150, 1, 4, True, {}),
+        ("force", 133, 2, 8, False, {"sinks": 0}),
+        ("lifted", 150, 16, 16, True, {"sinks": 7}),
+        # A window longer than a tile of keys, and no room for a block.
+        ("dot", 150, 1, 8, False, {"top_k": 100, "window": 90, "sinks": 4}),
+        ("power", 90, 1, 32, False, {"top_k": 40, "window": 38, "sinks": 2}),
+        # Blocks that begin among the sinks and end in the window.
+        ("dot", 60, 1, 3, True, {"top_k": 40, "window": 8, "sinks": 4}),
+    ],
+)
+def test_a_fused_step_is_the_definition(score, keys, queries, block, kept, size):
+    score = score_of(score)
+    exact = decoded("reference", score, keys, queries, block, **size)
+    peer = decoded("gathered", score, keys, queries, block, kept, **size)
+    actual = decoded("fused", score, keys, queries, block, kept, **size)
+    assert_within_budget("fused", actual, exact, peer, factor=3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_fused_step_keeps_the_dtype(dtype):
+    actual = decoded("fused", score_of("dot"), 150, 1, 8, dtype=dtype)
+    exact = decoded("reference", score_of("dot"), 150, 1, 8, dtype=dtype)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_fused_step_chooses_by_the_screening(kept):
+    g = torch.Generator().manual_seed(4)
+    screen = tuple(torch.randn(2, heads, n, 5, generator=g) for heads, n in ((4, 1), (2, 150)))
+    exact = decoded(
+        "reference", score_of("dot"), 150, 1, 8, screen=tuple(map(torch.Tensor.double, screen))
+    )
+    actual = decoded("fused", score_of("dot"), 150, 1, 8, kept, screen)
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(actual, decoded("fused", score_of("dot"), 150, 1, 8, kept))
+
+
+def test_of_equal_blocks_a_fused_step_takes_the_later_ones():
+    q, k, v = (moved(x) for x in vectors(1, 96))
+    k[:, :, :64] = k[:, :, :1]
+    chosen = budget(8, top_k=30, window=8, sinks=2)
+    outputs = [
+        sparse_attention(q, k, v, score=score_of("dot"), budget=chosen, impl=impl)
+        for impl in ("fused", "masked")
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": torch.ones(2, 150, dtype=torch.bool)}, "causality as its only mask"),
+        ({"origin": torch.zeros(1, dtype=torch.long)}, "causality as its only mask"),
+        ({"dropout_p": 0.5}, "causality as its only mask"),
+        ({"queries": 17}, "at most 16 queries"),
+        ({"keys": 41, "queries": 2}, "queries that all see more than 40 keys"),
+        ({"grad": True}, "no gradient"),
+    ],
+)
+def test_what_no_fused_step_serves_is_refused(changes, message):
+    keys, queries = changes.pop("keys", 150), changes.pop("queries", 1)
+    q, _, _ = vectors(queries)
+    _, k, v = vectors(2, keys)
+    q, k, v = (moved(x).requires_grad_(changes.get("grad", False)) for x in (q, k, v))
+    options = {name: moved(x) for name, x in changes.items() if name != "grad"}
+    with pytest.raises(ValueError, match=f"impl='fused': expected {message}"):
+        sparse_attention(q, k, v, score=score_of("dot"), budget=budget(), impl="fused", **options)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...exporting import is_exporting
 from ...triton import triton_refusal
+from ..budget import KeyBudget
 from ..scores import Score
 
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ WIDEST = 128
 LARGEST_BLOCK = 128
 # Scores of a row that `ranking` holds.
 MOST_BLOCKS = 4096
+# Queries up to which each one's own keys are gathered: there is no product to share.
+FEW_QUERIES = 16
+# Query heads to a key-value head that `fused` holds.
+MOST_HEADS = 64
 
 
 def ranks_by_triton(device: torch.device, blocks: int) -> bool:
@@ -63,3 +69,55 @@ def triton_routed_attention(
     from .attention import routed_attention
 
     return routed_attention(q, k, v, score, selection)
+
+
+def fused_refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Score,
+    budget: KeyBudget,
+    screen: tuple[Tensor, Tensor],
+    means: Tensor | None,
+    hidden: bool,
+    dropout_p: float,
+) -> str | None:
+    """What a call would have to be for `fused` to serve it; None: it can. `hidden`: whether it has
+    a mask, positions or an origin."""
+    queries, keys = q.shape[2], k.shape[2]
+    width = max(q.shape[3], v.shape[3], screen[0].shape[3])
+    refusal = triton_refusal(q.device, q.dtype, None, width)
+    if refusal is not None:
+        return f"a call that triton serves ({refusal})"
+    if torch.compiler.is_compiling() or is_exporting():
+        return "no graph that is being traced"
+    tensors = (q, k, v, *score.tensors)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "no gradient: call it under torch.no_grad()"
+    if hidden or dropout_p > 0:
+        return "causality as its only mask, and dropout_p = 0"
+    if queries > FEW_QUERIES:
+        return f"at most {FEW_QUERIES} queries, got {queries}"
+    if keys - queries + 1 <= budget.dense_length:
+        return f"queries that all see more than {budget.dense_length} keys"
+    if width > WIDEST or q.shape[1] // k.shape[1] > MOST_HEADS:
+        return f"heads at most {WIDEST} wide, {MOST_HEADS} to a key-value head"
+    blocks = -(-keys // budget.block_size) if means is None else means.shape[2]
+    if budget.block_size > LARGEST_BLOCK or blocks > MOST_BLOCKS:
+        return f"at most {MOST_BLOCKS} blocks, of at most {LARGEST_BLOCK} keys"
+    return None
+
+
+def triton_fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Score,
+    budget: KeyBudget,
+    screen: tuple[Tensor, Tensor],
+    means: Tensor | None,
+) -> Tensor:
+    """See `fused.fused_attention`."""
+    from .fused import fused_attention
+
+    return fused_attention(q, k, v, score, budget, screen, means)

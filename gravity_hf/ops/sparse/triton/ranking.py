@@ -20,35 +20,12 @@ _HELD = 8192
 
 # fmt: off
 @triton.jit
-def best_blocks_kernel(
-    scores, first, last, whole, origin, best, queries, blocks, first_rows, whole_rows, key_heads,
-    places, stride_batch, stride_head, SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, COUNT: tl.constexpr, HAS_WHOLE: tl.constexpr, HAS_ORIGIN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, INDEX_BITS: tl.constexpr,
+def best_of(
+    score, fits, block, COUNT: tl.constexpr, ROWS: tl.constexpr, INDEX_BITS: tl.constexpr,
 ):
-    """Program: `ROWS` queries of a batch row and key head. scores float32 `[B, G, Tq, blocks]`;
-    best int64 of `[B, G, Tq, places]`, whose first `COUNT` places are written, in the order of the
-    blocks, -1 where there are no more."""
-    lead = tl.program_id(1)
-    batch, head = (lead // key_heads).to(tl.int64), (lead % key_heads).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    alive = row < queries
-    row = tl.minimum(row, queries - 1)
-    block = tl.arange(0, BLOCKS)
-    real = (block < blocks)[None, :]
-    at = (lead.to(tl.int64) * queries + row)[:, None] * blocks + block[None, :]
-    score = tl.load(scores + at, mask=real, other=0.0) + 0.0
-    begin = tl.load(first + batch * first_rows + tl.minimum(row, first_rows - 1))[:, None]
-    own = tl.load(last + batch * queries + row)[:, None]
-    start = block[None, :] * SIZE
-    if HAS_ORIGIN:
-        start += tl.load(origin + batch).to(tl.int32)
-    fits = real & (start >= begin) & (start + SIZE > begin + SINKS)
-    fits = fits & (start + SIZE <= own + 1) & (start <= own - WINDOW)
-    if HAS_WHOLE:
-        flags = (batch * whole_rows + tl.minimum(row, whole_rows - 1))[:, None] * blocks
-        fits = fits & (tl.load(whole + flags + block[None, :], mask=real, other=0) != 0)
-    bits = score.to(tl.int32, bitcast=True)
+    """Bool `[ROWS, BLOCKS]`: of each row of float32 scores the COUNT best that fit, all where there
+    are fewer; block: the number of each column."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
     # In the order of the floats, and as unsigned in that of the integers.
     rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
     rank = tl.where(fits, rank, -1)
@@ -68,7 +45,39 @@ def best_blocks_kernel(
         late = equal & (block[None, :] >= higher[:, None])
         enough = tl.sum(late.to(tl.int32), 1) >= left
         edge = tl.where(enough, higher, edge)
-    chosen = above | (equal & (block[None, :] >= edge[:, None]))
+    return above | (equal & (block[None, :] >= edge[:, None]))
+
+
+@triton.jit
+def best_blocks_kernel(
+    scores, first, last, whole, origin, best, queries, blocks, first_rows, whole_rows, key_heads,
+    places, stride_batch, stride_head, SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, COUNT: tl.constexpr, HAS_WHOLE: tl.constexpr, HAS_ORIGIN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, INDEX_BITS: tl.constexpr,
+):
+    """Program: `ROWS` queries of a batch row and key head. scores float32 `[B, G, Tq, blocks]`;
+    best int64 of `[B, G, Tq, places]`, whose first `COUNT` places are written, in the order of the
+    blocks, -1 where there are no more."""
+    lead = tl.program_id(1)
+    batch, head = (lead // key_heads).to(tl.int64), (lead % key_heads).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    alive = row < queries
+    row = tl.minimum(row, queries - 1)
+    block = tl.arange(0, BLOCKS)
+    real = (block < blocks)[None, :]
+    at = (lead.to(tl.int64) * queries + row)[:, None] * blocks + block[None, :]
+    score = tl.load(scores + at, mask=real, other=0.0)
+    begin = tl.load(first + batch * first_rows + tl.minimum(row, first_rows - 1))[:, None]
+    own = tl.load(last + batch * queries + row)[:, None]
+    start = block[None, :] * SIZE
+    if HAS_ORIGIN:
+        start += tl.load(origin + batch).to(tl.int32)
+    fits = real & (start >= begin) & (start + SIZE > begin + SINKS)
+    fits = fits & (start + SIZE <= own + 1) & (start <= own - WINDOW)
+    if HAS_WHOLE:
+        flags = (batch * whole_rows + tl.minimum(row, whole_rows - 1))[:, None] * blocks
+        fits = fits & (tl.load(whole + flags + block[None, :], mask=real, other=0) != 0)
+    chosen = best_of(score, fits, block, COUNT, ROWS, INDEX_BITS)
     order = tl.cumsum(chosen.to(tl.int32), 1) - 1
     at = batch * stride_batch + head * stride_head + row.to(tl.int64) * places
     wanted = chosen & alive[:, None]
