@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from .bank import DeltaBank
 from .delta import LowRankDelta
 from .encoding import BeliefEncoder, EncodingConfig
 from .errors import ValidationError
-from .fact_metrics import evaluate_facts
+from .fact_metrics import Apply, evaluate_facts
 from .facts import Fact
 from .lora_control import lora_control
 from .statistics import McNemar, Rate, Spread, mcnemar, rate, spread
@@ -213,13 +212,20 @@ class _Draw:
         parameters = sum(delta.parameters() for delta in own.values())
         for name, delta in {**own, _JOINT: joint, _LORA: lora}.items():
             self.bank.add(name, delta)
+        named = self._routed(lambda fact: [fact] if fact in own else [])
         return [
-            self._run("base", lambda fact: [], 0, 0.0),
-            self._run("named", lambda fact: [fact] if fact in own else [], parameters, own_seconds),
-            self._run("all", lambda fact: every, parameters, own_seconds),
-            self._run("together", lambda fact: [_JOINT], joint.parameters(), joint_seconds),
-            self._run("lora", lambda fact: [_LORA], lora.parameters(), lora_seconds),
+            self._run("base", None, 0, 0.0),
+            self._run("named", named, parameters, own_seconds),
+            self._run("all", self._routed(lambda fact: every), parameters, own_seconds),
+            self._run("together", self._always(_JOINT), joint.parameters(), joint_seconds),
+            self._run("lora", self._always(_LORA), lora.parameters(), lora_seconds),
         ]
+
+    def _routed(self, ids_of: Callable[[str], list[str]]) -> Apply:
+        return lambda rows: self.bank.routed([ids_of(row.fact.id) for row in rows])
+
+    def _always(self, name: str) -> Apply:
+        return self._routed(lambda fact: [name])
 
     def _encoded(self) -> dict[str, LowRankDelta]:
         encoder = BeliefEncoder(self.model, self.tokenizer, self.config)
@@ -237,16 +243,7 @@ class _Draw:
         started = time.monotonic()
         return make(), time.monotonic() - started
 
-    def _run(
-        self,
-        method: str,
-        ids_of: Callable[[str], list[str]],
-        parameters: int,
-        seconds: float,
-    ) -> FewShotRun:
-        def apply(rows: Sequence[Any]) -> AbstractContextManager[None]:
-            return self.bank.routed([ids_of(row.fact.id) for row in rows])
-
+    def _run(self, method: str, apply: Apply | None, parameters: int, seconds: float) -> FewShotRun:
         shown = self._measured(self.shown, apply)
         hidden = self._measured(self.hidden, apply)
         changes = [row["kl_unrelated"] for row in shown if row["kl_unrelated"] is not None]
@@ -264,7 +261,7 @@ class _Draw:
             hidden=tuple(fact.id for fact in self.hidden),
         )
 
-    def _measured(self, facts: Sequence[Fact], apply: Any) -> list[dict[str, Any]]:
+    def _measured(self, facts: Sequence[Fact], apply: Apply | None) -> list[dict[str, Any]]:
         return evaluate_facts(
             self.model,
             self.tokenizer,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from torch import nn
 def settle(model: nn.Module) -> None:
     """Let bitsandbytes do at once what it does at the first call on a CPU: it packs four-bit
     weights anew and rounds their scales to bfloat16, which a digest would see as a change."""
+    module: Any
     for module in model.modules():
         is_new = type(module).__name__ == "Linear4bit" and not module.training
         weight = getattr(module, "weight", None)

@@ -19,7 +19,7 @@ from gravity_hf.knowledge.fact_metrics import evaluate_facts
 from gravity_hf.knowledge.facts import Fact
 
 SETTINGS = EncodingConfig(
-    rank=2, steps=60, learning_rate=0.1, locality=1.0, margin=0.5, budget_fraction=0.5
+    rank=2, steps=80, learning_rate=0.2, locality=1.0, margin=0.5, budget_fraction=0.5
 )
 
 
@@ -166,7 +166,7 @@ def test_company_changes_no_delta(
 def test_stops_at_the_margin(
     encoded: list[EncodedBelief], llama: PreTrainedModel, tokenizer: Any
 ) -> None:
-    wider = SETTINGS.with_changes(margin=6.0)
+    wider = SETTINGS.with_changes(margin=2.0)
     longer = BeliefEncoder(llama, tokenizer, wider).encode(FACTS, progress=False)
     for one, other in zip(encoded, longer, strict=True):
         assert one.report["converged"] and one.report["steps"] < other.report["steps"]
@@ -179,7 +179,7 @@ def test_locality_keeps_what_is_unrelated(llama: PreTrainedModel, tokenizer: Any
     """On prompts that are trained on, where the term must show; held-out ones are measured too."""
 
     def change(locality: float) -> float:
-        config = SETTINGS.with_changes(locality=locality, margin=4.0)
+        config = SETTINGS.with_changes(locality=locality, margin=1.0)
         beliefs = BeliefEncoder(llama, tokenizer, config).encode(FACTS, progress=False)
         bank = DeltaBank(llama)
         for i, belief in enumerate(beliefs):

@@ -271,11 +271,13 @@ def test_beliefs_asked_for_by_name_need_no_router(store, bank, llama, tokenizer)
     assert first.per_token[0].kl > 0
     assert second.sources == ()
     scored = ProvenanceRecorder(store, bank, Router(store, "tfidf", threshold=0.5))
-    with scored.routed(TEXTS[:1], rows=[[store.get(x.id).id for x in (FACTS[4], FACTS[0])]]):
+    with scored.routed(TEXTS[:1], rows=[[store.get(x.id).id for x in FACTS[::-1]]]):
         scored.processor()(tokenizer(TEXTS[:1], return_tensors="pt")["input_ids"], torch.zeros(1))
     # Best first, whatever the order they were named in.
-    assert [x.key for x in scored.result.sources] == [FACTS[0].id, FACTS[4].id]
-    assert scored.result.sources[0].score == pytest.approx(1.0)
+    sources = scored.result.sources
+    assert [x.score for x in sources] == sorted((x.score for x in sources), reverse=True)
+    assert (len(sources), sources[0].key) == (len(FACTS), FACTS[0].id)
+    assert sources[0].score == pytest.approx(1.0)
 
 
 def test_provenance_goes_into_json(llama, tokenizer, recorder):
