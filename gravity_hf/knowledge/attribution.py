@@ -74,6 +74,8 @@ class Attribution:
         # Logits of the prompt's other tokens are not worth a matrix over the vocabulary.
         takes = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        # transformers 5.24 renames it, in arguments and outputs.
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"
 
     def effect(self, tokens: Sequence[int], step: int) -> TokenEffect:
         """What the sources do to the token after `tokens`, the row's ids without padding."""
@@ -98,10 +100,9 @@ class Attribution:
         new = torch.tensor(tokens[known:], device=execution_device(self._model))
         new = new.expand(len(self._variants), -1)
         with self._bank.routed(self._variants):
-            result = self._model(
-                input_ids=new, past_key_values=self._cache, use_cache=True, **self._options
-            )
-        self._cache, self._read = getattr(result, "past_key_values", None), tokens
+            given = {self._cache_name: self._cache, **self._options}
+            result = self._model(input_ids=new, use_cache=True, **given)
+        self._cache, self._read = getattr(result, self._cache_name, None), tokens
         return result.logits[:, -1]
 
 

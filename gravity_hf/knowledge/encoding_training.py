@@ -24,6 +24,7 @@ from .subject_keys import MapStates, generic_inputs, initial_A
 
 # A short second moment: few steps are made, and the first are unlike the last.
 _BETAS = (0.9, 0.99)
+_LARGEST_GAIN = 10.0
 # Name of a map -> orthonormal columns [in, k] and [out, k] that A and B stay orthogonal to.
 Projector = Callable[[str], tuple[Tensor | None, Tensor | None]]
 
@@ -114,14 +115,22 @@ class _Chunk:
         self.factors = self._begin(model, jobs, generic)
         self.bank = DeltaBank(model, trainable=True)
         for i, factors in enumerate(self.factors):
+            sizes = {name: _row_sizes(A) for name, (A, _) in factors.items()}
             self._project(i)
+            for name, (A, _) in factors.items():
+                # What a projection leaves of a key is small where another delta has one like it.
+                A.data *= (sizes[name] / _row_sizes(A)).clamp(max=_LARGEST_GAIN)
             self.bank.add(str(i), LowRankDelta(factors))
         self.steps = [0] * len(jobs)
         self.open = set(range(len(jobs)))
 
     def train(self) -> list[TrainedDelta]:
         """Steps until all have their margin, or have had as many as they may."""
-        optimizer = torch.optim.Adam(self._groups(), betas=_BETAS)
+        with self.bank:  # its hooks are needed in the backward pass, too, if layers run again there
+            self._descend(torch.optim.Adam(self._groups(), betas=_BETAS))
+        return [self._result(i) for i in range(len(self.factors))]
+
+    def _descend(self, optimizer: torch.optim.Optimizer) -> None:
         for _ in range(self.config.steps):
             optimizer.zero_grad()
             self._close(self._backward())
@@ -135,7 +144,6 @@ class _Chunk:
         else:
             with torch.no_grad():
                 self._close(self._backward())
-        return [self._result(i) for i in range(len(self.factors))]
 
     def _begin(
         self, model: nn.Module, jobs: Sequence[DeltaJob], generic: Mapping[str, Tensor]
@@ -202,6 +210,10 @@ def _owned(job: DeltaJob, owner: int, config: EncodingConfig) -> list[OwnedRow]:
     asked = sum(row.answer > 0 for row in job.rows)
     answer, change = 1 / max(asked, 1), config.locality / max(len(job.rows) - asked, 1)
     return [OwnedRow(row, owner, answer if row.answer else change) for row in job.rows]
+
+
+def _row_sizes(A: Tensor) -> Tensor:
+    return A.detach().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def _projection(projector: Projector | None, name: str) -> tuple[Tensor | None, Tensor | None]:

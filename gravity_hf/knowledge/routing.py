@@ -45,6 +45,7 @@ class RouterCalibration:
 
     Attributes:
         encoder: name of the router's encoder; scores of another one mean something else.
+        subjects: whether texts had to name a subject; without, scores mean something else too.
         target: precision that was asked for.
         point: threshold, precision and recall on the queries it was calibrated on.
         known, unknown: numbers of queries about a belief and about none.
@@ -59,6 +60,7 @@ class RouterCalibration:
     unknown: int
     false_activations: int
     beliefs: tuple[str, ...]
+    subjects: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Plain values. A precision of nothing kept is null."""
@@ -97,7 +99,8 @@ class RouterCalibration:
 class Router:
     """Routes each text to the beliefs it is about.
 
-    A belief scores by its nearest indexed text. What is routed are the `top_k` best that reach the
+    A belief scores by its nearest indexed text, and below 0 where that text names the fact's
+    subject and the query does not. What is routed are the `top_k` best that reach the
     threshold, with a weight of 1 each, as they were trained. The index follows the store: a belief
     that was removed is never routed, one that was added is found at once.
 
@@ -112,6 +115,8 @@ class Router:
         pooling: see `HiddenStates`.
         shrinkage: see `Whitening`.
         texts_of: the texts a belief is found by; `indexed_texts` if not given.
+        subjects: whether a text has to name the subject of a belief, word for word, to be near it.
+            `"majority"` looks at no text, and at no subject.
 
     Raises:
         ValidationError: an unknown encoder, a `top_k` below 1, a threshold of another kind.
@@ -127,6 +132,7 @@ class Router:
         pooling: str = "content",
         shrinkage: float = 0.1,
         texts_of: Callable[[Any], Sequence[str]] = indexed_texts,
+        subjects: bool = True,
         calibration: RouterCalibration | None = None,
     ) -> None:
         if top_k < 1:
@@ -139,6 +145,7 @@ class Router:
         self.encoder = encoder if isinstance(encoder, str) else type(encoder).__name__
         self._scorer = make_scorer(encoder, store, pooling=pooling, shrinkage=shrinkage)
         self._texts_of = texts_of
+        self.subjects = subjects and encoder != "majority"
         self._index: RoutingIndex | None = None
         self._lock = threading.Lock()
         self._calibration: RouterCalibration | None = None
@@ -150,7 +157,9 @@ class Router:
         """Of the store's present revision."""
         with self._lock:
             if self._index is None or self._index.revision != self.store.revision:
-                self._index = build_index(self.store, self._scorer, self._texts_of, self._index)
+                self._index = build_index(
+                    self.store, self._scorer, self._texts_of, self._index, subjects=self.subjects
+                )
                 # What is known of the old texts is worth keeping for the next index.
                 self._scorer = self._index.scorer or self._scorer
             return self._index
@@ -166,6 +175,11 @@ class Router:
             raise ValidationError(
                 f"router calibration: expected one of the encoder {self.encoder}, got one of "
                 f"{calibration.encoder}. Calibrate this router"
+            )
+        if calibration.subjects != self.subjects:
+            raise ValidationError(
+                f"router calibration: expected one with subjects={self.subjects}, got one with "
+                f"subjects={calibration.subjects}. Calibrate this router"
             )
         self._calibration = calibration
 
@@ -256,6 +270,7 @@ class Router:
             unknown=len(unknown),
             false_activations=false,
             beliefs=self.index.versions,
+            subjects=self.subjects,
         )
         return self._calibration
 

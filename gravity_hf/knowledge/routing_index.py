@@ -14,7 +14,7 @@ from .consolidation import facts_of
 from .embeddings import HiddenStates, TextEncoder, untrained_copy
 from .errors import UnknownKeyError, ValidationError
 from .generic_prompts import GENERIC_PROMPTS
-from .lexical import Tfidf
+from .lexical import Tfidf, words
 from .whitening import Whitening
 
 # What an encoder trains on by default, for beliefs that do not say.
@@ -55,6 +55,17 @@ def indexed_texts(belief: Any) -> list[str]:
             for text in (fact.prompt, *fact.paraphrases[:_TRAINED_PARAPHRASES])
         ]
     return list(dict.fromkeys(trained))
+
+
+def named_subjects(belief: Any, text: str) -> tuple[frozenset[str], ...]:
+    """Of the subjects of a belief's facts those that `text` names, each as its words.
+
+    None where the facts have no subject or `text` says it in other words; in a script without
+    spaces a name is no word of its own, and none is found.
+    """
+    own = frozenset(words(text))
+    subjects = (frozenset(words(fact.subject)) for fact in facts_of(belief))
+    return tuple(dict.fromkeys(subject for subject in subjects if subject and subject <= own))
 
 
 def category(belief: Any) -> str:
@@ -163,13 +174,17 @@ def make_scorer(
 
 @dataclass(frozen=True)
 class IndexedBelief:
-    """What is kept of a belief: `id` belongs to one version for good, and so does the rest."""
+    """What is kept of a belief: `id` belongs to one version for good, and so does the rest.
+
+    `subjects` are `named_subjects` of each of `texts`.
+    """
 
     key: str
     id: str
     version: int
     category: str
     texts: tuple[str, ...]
+    subjects: tuple[tuple[frozenset[str], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -181,12 +196,15 @@ class RoutingIndex:
         beliefs: in the order of their keys, also those without texts, which nothing finds.
         owners: `[n]`, position of the belief that each indexed text belongs to.
         scorer: fitted to the indexed texts; None where there are none.
+        subjects: of each indexed text the subjects of which a query has to name one to be near;
+            a text without any asks for none.
     """
 
     revision: Any
     beliefs: tuple[IndexedBelief, ...]
     owners: Tensor
     scorer: Scorer | None
+    subjects: tuple[tuple[frozenset[str], ...], ...]
 
     @property
     def keys(self) -> list[str]:
@@ -199,11 +217,23 @@ class RoutingIndex:
         return tuple(f"{belief.id}-v{belief.version}" for belief in self.beliefs)
 
     def scores(self, text: str) -> Tensor:
-        """Of every belief `[len(beliefs)]`, float64: the best of its texts, -inf without any."""
+        """Of every belief `[len(beliefs)]`, float64: the best of its texts, -inf without any.
+
+        Wording alone does not tell a paraphrase from the same question about something else. What
+        an indexed text scores where its subject is not named, is moved from [-1, 1] to [-1, 0].
+        """
         best = torch.full((len(self.beliefs),), -torch.inf, dtype=torch.float64)
         if self.scorer is None:
             return best
-        return best.scatter_reduce(0, self.owners, self.scorer.scores(text), "amax")
+        scores = self.scorer.scores(text)
+        scores = torch.where(self._names(text), scores, (scores - 1) / 2)
+        return best.scatter_reduce(0, self.owners, scores, "amax")
+
+    def _names(self, text: str) -> Tensor:
+        """`[n]`, bool: whether `text` names what each indexed text is about."""
+        own = frozenset(words(text))
+        found = [not needed or any(x <= own for x in needed) for needed in self.subjects]
+        return torch.tensor(found, dtype=torch.bool)
 
 
 def build_index(
@@ -211,8 +241,13 @@ def build_index(
     scorer: Scorer,
     texts_of: Callable[[Any], Sequence[str]],
     before: RoutingIndex | None = None,
+    *,
+    subjects: bool = True,
 ) -> RoutingIndex:
-    """Index the active beliefs of `store`; those that are in `before` are not read again."""
+    """Index the active beliefs of `store`; those that are in `before` are not read again.
+
+    Without `subjects` no text has to name any.
+    """
     known = {belief.id: belief for belief in before.beliefs} if before else {}
     revision, active = _snapshot(store)
     found = [known.get(belief.id) or _indexed(belief, texts_of) for belief in active]
@@ -224,6 +259,9 @@ def build_index(
         beliefs=tuple(found),
         owners=torch.tensor(owners, dtype=torch.long),
         scorer=scorer.fit(flat, kinds) if flat else None,
+        subjects=tuple(
+            needed if subjects else () for belief in found for needed in belief.subjects
+        ),
     )
 
 
@@ -244,4 +282,5 @@ def _snapshot(store: BeliefSource) -> tuple[Any, list[Any]]:
 
 def _indexed(belief: Any, texts_of: Callable[[Any], Sequence[str]]) -> IndexedBelief:
     texts = tuple(texts_of(belief))
-    return IndexedBelief(belief.key, belief.id, belief.version, category(belief), texts)
+    subjects = tuple(named_subjects(belief, text) for text in texts)
+    return IndexedBelief(belief.key, belief.id, belief.version, category(belief), texts, subjects)

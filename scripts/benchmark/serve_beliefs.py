@@ -66,6 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", default="float32")
     add("--threads", type=int, help="CPU threads of the server")
     add("--commit", help="where the tree is a copy without git")
+    add("--note", help="what else there is to say of the machine")
     add("--quick", action="store_true", help="few requests, to see that it works")
     add("--output", type=Path, metavar="FILE.json", help="write rows and conditions here")
     options = parser.parse_args(arguments)
@@ -201,6 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
         "command": shlex.join(["python", "scripts/benchmark/serve_beliefs.py", *given]),
         "threads": options.threads or torch.get_num_threads(),
         "settings": {"tokens": options.tokens, "beliefs": options.beliefs, "dtype": options.dtype},
+        "note": options.note,
         "quick": options.quick,
     }
     rows = []

@@ -53,8 +53,8 @@ def forge(model, tokenizer, registry, **settings: Any) -> Forge:
         "rank": 2,
         "layers": "all",
         "facts_per_delta": 2,
-        "steps": 40,
-        "learning_rate": 2e-2,
+        "steps": 30,
+        "learning_rate": 0.3,
         "validation": EASY,
         "encoding": EncodingConfig(budget_fraction=0.5, generic_prompts=0),
         **settings,
@@ -91,9 +91,8 @@ class Scripted(Validation):
 
 
 class TestApart:
-    @pytest.mark.parametrize("output_side", [False, True])
-    def test_forged_deltas_are_orthogonal_at_every_map(self, llama, tokenizer, output_side) -> None:
-        registry = Registry(llama, 0.999, output_side=output_side, **LOOSE)
+    def test_forged_deltas_are_orthogonal_at_every_map(self, llama, tokenizer) -> None:
+        registry = Registry(llama, 0.999, output_side=True, **LOOSE)
         result = forge(llama, tokenizer, registry).run(FACTS, "t", progress=False)
         assert len(result.deltas) == len(registry) == 3 and not result.rejected
         for a, b in itertools.combinations(registry.ids, 2):
@@ -101,15 +100,14 @@ class TestApart:
                 first, second = registry[a].spans[name], registry[b].spans[name]
                 assert first.input.shape[1] == 2
                 assert angle_score(first.input, second.input) >= 0.999
-                if output_side:
-                    assert angle_score(first.output, second.output) >= 0.999
+                assert angle_score(first.output, second.output) >= 0.999
         assert all(forged.metrics["top1"] >= 0.5 for forged in result.deltas)
         assert result.deltas[0].metrics["top1_before"] == 0
 
     def test_trained_without_projection_they_are_not(self, llama, tokenizer) -> None:
         """The control of the test above."""
         registry = Registry(llama, 0.0, **LOOSE)
-        forge(llama, tokenizer, registry, orthogonality="check").run(FACTS, "t", progress=False)
+        forge(llama, tokenizer, registry, orthogonality="check").run(FACTS[:4], "t", progress=False)
         angles = [
             registry.principal_angles(a, b) for a, b in itertools.combinations(registry.ids, 2)
         ]
@@ -125,7 +123,8 @@ class TestApart:
                 tokenizer,
                 registry,
                 orthogonality=kind,
-                penalty=0.2,
+                penalty=0.3,
+                steps=10,
                 encoding=EncodingConfig(budget_fraction=0.5, generic_prompts=0, margin=50.0),
             )
             made.run(FACTS[:4], "t", progress=False)
@@ -136,7 +135,9 @@ class TestApart:
     def test_interference_is_tried_again_in_the_null_space(self, llama, tokenizer) -> None:
         """On the same layers at the same rank, and then disturbs the other's prompts no more."""
         registry = Registry(llama, leakage_max=1e-3, generic_max=1e9)
-        made = forge(llama, tokenizer, registry, quiet=0.0, validation=ANYTHING, facts_per_delta=1)
+        made = forge(
+            llama, tokenizer, registry, quiet=0.0, validation=ANYTHING, facts_per_delta=1, steps=5
+        )
         result = made.run(FACTS[:2], "t", progress=False)
         first, second = result.deltas
         assert failures(first.metrics) == [(2, 2, "projected", "")]
@@ -409,11 +410,18 @@ class TestProcesses:
         )
         return made.run(FACTS[:4], "t", progress=False)
 
-    @pytest.mark.parametrize("count", [2, 5])
-    def test_result_does_not_depend_on_how_many_there_are(self, tokenizer, count) -> None:
+    def test_result_does_not_depend_on_how_many_there_are(self, tokenizer) -> None:
         alone = self.forged(tokenizer, None)
         assert len(alone.deltas) == 4 and alone.deltas[1].attempt.rank == 1
-        for result in Fellows(count).run(lambda a: self.forged(tokenizer, a)):
+        # Batches of one round are orthogonal, though none knew of the others in training.
+        scores = [
+            score
+            for forged in alone.deltas
+            for sides in forged.verdict["angles"].values()
+            for score in sides.values()
+        ]
+        assert min(scores) > 0.999
+        for result in Fellows(3).run(lambda a: self.forged(tokenizer, a)):
             assert [x.key for x in result.deltas] == [x.key for x in alone.deltas]
             for ours, theirs in zip(result.deltas, alone.deltas, strict=True):
                 assert ours.attempt == theirs.attempt and ours.verdict == theirs.verdict
@@ -434,14 +442,3 @@ class TestProcesses:
         assert sorted(type(e) is RuntimeError for e in errors) == [False, True]
         assert all(isinstance(e, RuntimeError | KnowledgeError) for e in errors)
         assert all("out of memory" in str(e) for e in errors)
-
-    def test_batches_of_one_round_are_orthogonal_to_each_other(self, tokenizer) -> None:
-        """Though none of them knew of the others while it was trained."""
-        result = self.forged(tokenizer, None)
-        scores = [
-            score
-            for forged in result.deltas
-            for sides in forged.verdict["angles"].values()
-            for score in sides.values()
-        ]
-        assert min(scores) > 0.999

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from knowledge.hooks import own_hooks
 
 from gravity_hf.knowledge.facts import Fact
 from gravity_hf.knowledge.output_leakage import output_leakage, output_leakage_table
@@ -75,4 +76,4 @@ def test_table_has_every_delta_against_all_facts(llama, tokenizer, random_delta)
         "b": ["a", "b", "c"],
     }
     assert table["b"]["c"] == output_leakage(llama, tokenizer, deltas["b"], FACTS[2:])
-    assert not any(module._forward_hooks for module in llama.modules())
+    assert own_hooks(llama) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from typing import Any
 
 from ...runtime.ledger import Ledger
@@ -17,11 +18,12 @@ class ProvenanceLog:
 
     The newest entries are in memory for /provenance; with `settings.log` all are in a file, each
     carrying the hash of the one before it (`gravity-hf ledger verify FILE`). A prompt is logged as
-    its SHA-256 unless `settings.log_prompts`.
+    its SHA-256 unless `settings.log_prompts`; with `settings.log_key` as its HMAC, since the text
+    that belongs to a plain digest can be found by trying.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
-        self._in_clear = settings.log_prompts
+        self._in_clear, self._key = settings.log_prompts, settings.log_key
         has_file = settings.log is not None
         self._ledger = Ledger(
             AGENT,
@@ -67,5 +69,9 @@ class ProvenanceLog:
         return len(self._ledger)
 
     def _of_prompt(self, prompt: str) -> dict[str, str]:
-        digest = {"prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest()}
+        text = prompt.encode()
+        if self._key is None:
+            digest = {"prompt_sha256": hashlib.sha256(text).hexdigest()}
+        else:
+            digest = {"prompt_hmac_sha256": hmac.new(self._key, text, "sha256").hexdigest()}
         return {**digest, "prompt": prompt} if self._in_clear else digest

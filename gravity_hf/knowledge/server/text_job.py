@@ -8,8 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from torch import Tensor
-
 from ..belief import Belief
 from ..provenance_record import Provenance
 from .decoding import Text
@@ -123,9 +121,6 @@ class TextJob:
             wanted.prompt_ids, wanted.max_new_tokens, base.end_tokens, wanted.sampling, ids
         )
         return self._text
-
-    def begin(self, logits: Tensor) -> None:
-        """Nothing to do before the first token."""
 
     def hear(self, text: Text, token: int | None) -> bool:
         """Pass on what can be said; False once a stop string was written."""

@@ -31,9 +31,6 @@ class Job(Protocol):
     def prepare(self) -> Text | None:
         """What to write, chosen now that it is the job's turn; None: nothing, it has ended."""
 
-    def begin(self, logits: Tensor) -> None:
-        """Told of the first token's logits `[V]` before it is chosen."""
-
     def hear(self, text: Text, token: int | None) -> bool:
         """A token was written, or an end (None). Whether to go on."""
 
@@ -215,9 +212,7 @@ class Worker:
             if (text := job.prepare()) is None:
                 return
             self._active[text], self._began[text] = job, time.monotonic()
-            logits = self._decoder.start(text)
-            job.begin(logits)
-            self._take(text, logits)
+            self._take(text, self._decoder.start(text))
         except Exception as error:
             if text is None:
                 job.fail(error)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,6 +185,16 @@ def test_prompts_are_logged_where_that_is_asked_for(base: KnowledgeBase) -> None
     with running(base, log_prompts=True) as server:
         server.infer("my own words")
         assert server.state.log.latest(1)[0]["payload"]["prompt"] == "my own words"
+
+
+def test_with_a_key_nobody_finds_a_prompt_by_trying(base: KnowledgeBase, tmp_path: Path) -> None:
+    key = b"a key of the log, long enough"
+    with running(base, log=tmp_path / "log.jsonl", log_key=key) as server:
+        server.infer("my own words")
+        payload = server.state.log.latest(1)[0]["payload"]
+    expected = hmac.new(key, b"my own words", "sha256").hexdigest()
+    assert payload["prompt_hmac_sha256"] == expected and "prompt_sha256" not in payload
+    assert verify(tmp_path / "log.jsonl", key=key).ok
 
 
 def test_an_answer_that_leaves_no_trace_is_not_given(

@@ -208,18 +208,30 @@ def test_more_than_the_queue_holds_is_answered_429(strict: Running, stalled: Sta
         assert [len(future.result()["text"]) > 0 for future in asked] == [True, True]
 
 
-def test_a_client_that_leaves_frees_its_row(strict: Running, stalled: Stalled) -> None:
-    body = json.dumps({"prompt": "a", "max_new_tokens": 60}).encode()
-    streamed = json.dumps({"prompt": "a", "stream": True, "max_tokens": 60}).encode()
-    for path, sent in (("/infer", body), ("/v1/completions", streamed)):
-        with socket.create_connection(("127.0.0.1", strict.port), timeout=5) as client:
-            request = head(f"Content-Length: {len(sent)}").replace(b"/infer", path.encode())
-            client.sendall(request + sent)
-            until(lambda: strict.state.worker.load == (0, 1), "the text is begun")
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        until(lambda: strict.state.worker.load == (0, 0), "the row is free")
-    reasons = [e["payload"]["finish_reason"] for e in strict.state.log.latest(2)]
-    assert reasons == ["cancelled", "cancelled"]
+@pytest.mark.parametrize("when", ["whole", "stream", "stream-before-its-first-piece"])
+def test_a_client_that_leaves_frees_its_row(
+    strict: Running, stalled: Stalled, base: KnowledgeBase, when: str
+) -> None:
+    prompt = next(p for p in "abcdefgh" if begins_with_text(base, p))
+    body = {"prompt": prompt, "temperature": 0, "use_knowledge": False}
+    if when == "whole":
+        path, body = "/infer", body | {"max_new_tokens": 60}
+    else:
+        path, body = "/v1/completions", body | {"stream": True, "max_tokens": 60}
+    if when == "stream-before-its-first-piece":
+        # What could be the beginning of a stop string is held back.
+        first = base.tokenizer.decode(solo(base, prompt, None, 1))
+        body["stop"] = [first + "never"]
+    sent = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", strict.port), timeout=5) as client:
+        request = head(f"Content-Length: {len(sent)}").replace(b"/infer", path.encode())
+        client.sendall(request + sent)
+        until(lambda: strict.state.worker.load == (0, 1), "the text is begun")
+        if when == "stream":
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+    until(lambda: strict.state.worker.load == (0, 0), "the row is free", 10)
+    (entry,) = strict.state.log.latest(1)
+    assert entry["payload"]["finish_reason"] == "cancelled"
 
 
 def begins_with_text(base: KnowledgeBase, prompt: str) -> bool:

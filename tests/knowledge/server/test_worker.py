@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from knowledge.server.served import until
-from torch import Tensor
 
 from gravity_hf.knowledge.bank import DeltaBank
 from gravity_hf.knowledge.server.decoding import Decoder, Text
@@ -34,9 +33,6 @@ class TestJob:
     def prepare(self) -> Text:
         self.begun.set()
         return self.text
-
-    def begin(self, logits: Tensor) -> None:
-        pass
 
     def hear(self, text: Text, token: int | None) -> bool:
         self.heard += 1
