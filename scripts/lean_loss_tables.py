@@ -134,26 +134,29 @@ def compression(folder: Path) -> str:
 
 def _compression_part(content: dict[str, Any]) -> str:
     table = [_compressed(row) for row in content["rows"]]
-    headers = ["arm", "layers", "model", "loss", "healed", "above the host, healed", "forward"]
+    headers = ["arm", "layers", "model", "loss", "above the host"]
+    headers += ["healed", "above the host, healed", "forward"]
     steps, rows, length, rate = content["heal"]
     seeds = len(content["rows"][0]["seeds"])
-    note = (
-        f"{_host(content, seeds, 'medians')} Healed: all weights trained for {steps} steps of "
-        f"{rows} windows of {length} tokens at a rate of {rate:.1g}, the host's too."
+    healed = (
+        f"Healed: all weights trained for {steps} steps of {rows} windows of {length} tokens at a "
+        f"rate of {rate:.1g}, the host's too."
     )
+    note = f"{_host(content, seeds, 'medians')} {healed if steps else 'Nothing was healed.'}"
     return markdown(headers, table) + f"\n{note}\n" + _conditions(content)
 
 
 def _compressed(row: dict[str, Any]) -> list[str]:
     middle = {name: value["median"] for name, value in row.items() if isinstance(value, dict)}
-    change = row.get("healed_change")
+    change, healed = row["change"], row.get("healed_change")
     return [
         row["arm"] if row["energy"] is None else f"{row['arm']}, energy {row['energy']}",
         f"{middle['layer_parameters'] / 1e6:.2f} M",
         f"{middle['parameters'] / 1e6:.2f} M",
         f"{middle['loss']:.4f}",
-        f"{middle['healed_loss']:.4f}",
-        NONE if change is None else _change(change, row.get("healed_change_error")),
+        NONE if row["arm"] == "dense" else _change(change, row.get("change_error")),
+        f"{middle['healed_loss']:.4f}" if "healed_loss" in middle else NONE,
+        NONE if healed is None else _change(healed, row.get("healed_change_error")),
         f"{middle['dense_seconds'] / middle['seconds']:.2f}x",
     ]
 
@@ -221,7 +224,7 @@ def _host(content: dict[str, Any], seeds: int, middle: str = "means") -> str:
     """Of whom the losses are, on how much text, in what unit, and what ± means."""
     host, unit = content.get("host"), content.get("unit", _BYTES)
     if host is None:
-        return f"{unit.partition(' of ')[0].capitalize()}; {middle} over {seeds} seeds."
+        return f"{unit.partition(' of ')[0].capitalize()}; {_over(seeds, middle)}."
     rows = content["rows"]
     count = _windows(rows["hosts"] if isinstance(rows, dict) else rows, host["apart"])
     digest = f", weights {host['digest'][:8]}" if "digest" in host else ""
@@ -229,9 +232,13 @@ def _host(content: dict[str, Any], seeds: int, middle: str = "means") -> str:
     sizes = f" ({host['bytes_per_token']:.2f} bytes)" if "bytes_per_token" in host else ""
     return (
         f"{host['name']}, {host['parameters'] / 1e6:.1f} M parameters{digest}; {count} windows of "
-        f"{length} tokens; {unit.replace('token', f'token{sizes}', 1)}; {middle} over {seeds} "
-        "seeds, ± the standard error over windows."
+        f"{length} tokens; {unit.replace('token', f'token{sizes}', 1)}; {_over(seeds, middle)}, "
+        "± the standard error over windows."
     )
+
+
+def _over(seeds: int, middle: str) -> str:
+    return "one seed" if seeds == 1 else f"{middle} over {seeds} seeds"
 
 
 def _first(rows: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "experiments")]
 
 import geolip_tables  # noqa: E402
+import knowledge_tables  # noqa: E402
 import lean_tables  # noqa: E402
 import lgt_experiment_tables  # noqa: E402
 import lgt_tables  # noqa: E402
@@ -429,6 +430,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **ngt_tables.tables(RESULTS, BENCHMARKS),
     **geolip_tables.tables(RESULTS),
     **lean_tables.tables(BENCHMARKS, RESULTS),
+    **knowledge_tables.tables(RESULTS),
     "parallel": parallel,
     "formats": formats,
     "space": space,

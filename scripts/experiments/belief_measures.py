@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,7 +13,8 @@ MEASURES = (*NAMES, "kl_unrelated", "unrelated_kept")
 
 
 def measured(model: Any, tokenizer: Any, facts: Sequence[Any], apply: Any) -> list[dict[str, Any]]:
-    """`evaluate_facts` on prompts that neither training nor thresholds have seen."""
+    """`evaluate_facts` on prompts that neither training nor thresholds have seen. What
+    `sets_threshold` has no neighbours left."""
     from belief_runs import HELD_PARAPHRASES
 
     from gravity_hf.knowledge.fact_metrics import evaluate_facts
@@ -26,6 +28,9 @@ def measured(model: Any, tokenizer: Any, facts: Sequence[Any], apply: Any) -> li
         trained_unrelated=1,
         batch_rows=256 if next(model.parameters()).is_cuda else 32,
     )
+    for fact, row in zip(facts, rows, strict=True):
+        if sets_threshold(fact):
+            row |= {"kl_unrelated": None, "unrelated_kept": None}
     return [{name: row[name] for name in MEASURES} for row in rows]
 
 
@@ -63,15 +68,47 @@ def store_of(folder: str, model: Any, tokenizer: Any, encoded: Sequence[Any]) ->
     return store
 
 
-def calibrated_router(store: Any, facts: Sequence[Any], encoder: str = "hidden:quarter") -> Any:
-    """A router whose threshold is set on paraphrases that are used for nothing else."""
+def sets_threshold(fact: Any) -> bool:
+    """Of a third of the facts all neighbours set the router's threshold, none is measured on."""
+    return zlib.crc32(fact.id.encode()) % 3 == 0
+
+
+def neighbours(facts: Sequence[Any], threshold: bool) -> list[str]:
+    """Prompts near to facts and about none of them, to set the threshold with or to measure on.
+
+    Both are of all kinds: worded alike about another subject, and about the same subject otherwise.
+    """
+    chosen = {
+        use: {x for fact in facts if sets_threshold(fact) is use for x in fact.unrelated[not use :]}
+        for use in (True, False)
+    }
+    found = chosen[True] if threshold else chosen[False] - chosen[True]
+    return sorted(found - {prompt for fact in facts for prompt in fact.prompts})
+
+
+# Of the texts that are routed, neighbours and paraphrases in about equal numbers, this share is to
+# be routed right.
+PRECISION = 0.9
+
+
+def calibrated_router(
+    store: Any,
+    facts: Sequence[Any],
+    encoder: str = "hidden:quarter",
+    subjects: bool = True,
+    precision: float = PRECISION,
+) -> Any:
+    """A router whose threshold is set on paraphrases and neighbours that are used for nothing
+    else."""
     from belief_runs import TRAINED_PARAPHRASES
 
     from gravity_hf.knowledge.routing import Router
 
-    router = Router(store, encoder)
+    router = Router(store, encoder, subjects=subjects)
     known = [(fact.paraphrases[TRAINED_PARAPHRASES], fact.id) for fact in facts]
-    router.calibrate(known, sorted({fact.unrelated[0] for fact in facts}))
+    # Of very few facts, none may be chosen.
+    near = neighbours(facts, threshold=True) or sorted({fact.unrelated[0] for fact in facts})
+    router.calibrate(known, near, precision)
     return router
 
 

@@ -322,7 +322,7 @@ def _few_shot(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 def routing_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A row for each encoder: how often the right belief is found, and used."""
-    headers = ["encoder", "nearest is right", "among five", "used first", "used wrongly"]
+    headers = ["router", "nearest is right", "among five", "used first", "used wrongly"]
     rows = []
     for encoder, found in content["summary"].get("routing", {}).items():
         cells = (found[x].get("mean") for x in ("top1", "recall_at_5", "first_right"))

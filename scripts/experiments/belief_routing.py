@@ -6,7 +6,8 @@
 
 `routing`: among the facts of all banks, by paraphrases that were neither indexed nor used for the
 threshold; texts about no belief are the facts' neighbours. Controls see the same queries: the same
-router on fresh weights (`untrained`), TF-IDF, and always the commonest (`majority`). `confidence`:
+router on fresh weights (`untrained`), TF-IDF, always the commonest (`majority`), routers by
+wording alone, for which a text need not name its subject, and one for more precision. `confidence`:
 answers to half of the queries fit a confidence, the other half judge it. `separation`: facts come
 from beliefs where one is needed, and prompts that only ask for reasoning stay as they were.
 `few_shot`: what 1 to 25 facts teach, against a LoRA of as many parameters. The last three train
@@ -19,7 +20,7 @@ import random
 import tempfile
 from typing import Any
 
-from belief_measures import calibrated_router, store_of
+from belief_measures import PRECISION, calibrated_router, neighbours, store_of
 from belief_report import routing_summary, routing_table
 from belief_runs import (
     HELD_PARAPHRASES,
@@ -36,10 +37,19 @@ NAME = "belief_routing"
 BANKS = ("chemistry", "computing", "general", "invented")
 PARTS = ("routing", "confidence", "separation", "few_shot")
 ENCODERS = ("hidden:quarter", "hidden:mid", "untrained", "tfidf", "majority")
+# Name -> encoder, whether a text has to name the subject, target precision.
+ROUTERS = {
+    **{name: (name, True, PRECISION) for name in ENCODERS},
+    "hidden:quarter, strict": ("hidden:quarter", True, 0.95),
+    "hidden:quarter, by wording": ("hidden:quarter", False, PRECISION),
+    "tfidf, by wording": ("tfidf", False, PRECISION),
+}
 CONTROLS = {
     "untrained": "the same router on fresh weights",
     "tfidf": "words in common",
     "majority": "always the commonest belief",
+    "by wording": "a text need not name the subject",
+    "strict": "a threshold for a precision of 0.95",
     "base": "no delta",
     "lora": "fine-tuning of as many parameters on the same texts",
 }
@@ -50,21 +60,21 @@ def facts_of_banks(options: Any, seed: int) -> list[Any]:
 
 
 def routing(options: Any, model: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
-    """Every encoder on the same store, whose deltas do nothing and are not used."""
+    """Every router on the same store, whose deltas do nothing and are not used."""
     from gravity_hf.knowledge.routing_report import routing_report
 
     facts = facts_of_banks(options, seed)
     known = [(text, fact.id) for fact in facts for text in fact.paraphrases[HELD_PARAPHRASES:]]
-    unknown = sorted({text for fact in facts for text in fact.unrelated[1:]})
+    unknown = neighbours(facts, threshold=False)
     items, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
         store = _indexed(f"{folder}/kb", model, tokenizer, facts, config_of(options, seed))
-        for encoder in ENCODERS:
-            router = calibrated_router(store, facts, encoder)
+        for name, (encoder, subjects, precision) in ROUTERS.items():
+            router = calibrated_router(store, facts, encoder, subjects, precision)
             report = routing_report(router, known, unknown).to_dict()
             ranks = [item["rank"] for item in report.pop("items") if item["key"] is not None]
-            found[encoder] = report
-            items.append({"encoder": encoder, "ranks": ranks})
+            found[name] = report
+            items.append({"encoder": name, "ranks": ranks})
     return {"encoders": found, "queries": len(known), "per_item": items}
 
 
@@ -138,7 +148,7 @@ def confidence(options: Any, model: Any, tokenizer: Any, seed: int) -> dict[str,
 
 def _queries(facts: list[Any]) -> tuple[list[tuple[str, str]], list[str]]:
     known = [(text, fact.id) for fact in facts for text in fact.paraphrases[HELD_PARAPHRASES:]]
-    return known, sorted({text for fact in facts for text in fact.unrelated[1:]})
+    return known, neighbours(facts, threshold=False)
 
 
 def _taught(options: Any, model: Any, tokenizer: Any, seed: int, folder: str) -> tuple[Any, Any]:

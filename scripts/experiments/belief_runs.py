@@ -17,8 +17,8 @@ from knowledge_base import train_base
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = (0, 1, 2)
-# Paraphrases 0 and unrelated prompts 0 are trained on, paraphrases 1 set thresholds; the others
-# are measured on.
+# Paraphrases 0 and unrelated prompts 0 are trained on, paraphrases 1 set thresholds, with the
+# unrelated prompts of a third of the facts; the others are measured on.
 TRAINED_PARAPHRASES, HELD_PARAPHRASES = 1, 2
 _DIGITS = 5
 

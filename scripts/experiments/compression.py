@@ -4,6 +4,7 @@
     python scripts/experiments/compression.py --device cuda          # hosts of 13 M
     python scripts/experiments/compression.py --device cuda --energies 0.9 0.95 0.99 0.999
     python scripts/experiments/compression.py --pretrained MODEL --text one.txt --device cuda
+    python scripts/experiments/compression.py --pretrained MODEL --text one.txt --heal 0
     python scripts/experiments/compression.py --quick --out try.json
 
 Hosts are those of lean_hosts.py, or with --pretrained a causal model from any folder. Arms:
@@ -18,8 +19,9 @@ Hosts are those of lean_hosts.py, or with --pretrained a causal model from any f
     dense      the host itself
 
 Every arm is trained on for the same number of steps on the same windows ("healed"), the host and
-the control too. Losses are of held-out text, in windows of the host's length, and their changes
-are those of the same windows.
+the control too; with --heal 0 none is. A pretrained host is calibrated and made smaller once for
+all seeds, which have held-out windows of their own. Losses are of held-out text, in windows of the
+host's length, and their changes are those of the same windows.
 Parameters are those of the layers alone and of the whole model, where tied tensors count once.
 Seconds are of a forward of one such window, called in turns with the host's.
 
@@ -53,14 +55,21 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
     size = "quick" if options.quick else usual
     control = "layers" if options.pretrained else "control"
     place = {**place_of(options), "size": size}
+    if options.heal is not None:
+        place["heal"] = options.heal
+    arms: list[tuple[str, float | None]] = [("dense", None)]
+    arms += [(arm, e) for e in options.energies for arm in ("weighted", "plain")]
+    arms += [(control, e) for e in options.controls]
+    wanted = [(seed, *arm) for seed in options.seeds for arm in arms]
+    if options.pretrained:
+        # What seeds share is made once. `layers` follows the weighted arm whose size it takes;
+        # plain, which is only to compare with, comes last.
+        arms.sort(key=lambda arm: (arm[0] == "plain", arm[1] or 0))
+        wanted = [(seed, *arm) for arm in arms for seed in options.seeds]
     runs = []
-    for seed in options.seeds:
-        arms = [("dense", None)]
-        arms += [(arm, e) for e in options.energies for arm in ("weighted", "plain")]
-        arms += [(control, e) for e in options.controls]
-        for arm, energy in arms:
-            settings = {"arm": arm, "energy": energy, **place}
-            runs.append(named(arm if energy is None else f"{arm} {energy}", seed, settings))
+    for seed, arm, energy in wanted:
+        settings = {"arm": arm, "energy": energy, **place}
+        runs.append(named(arm if energy is None else f"{arm} {energy}", seed, settings))
     # What costs most comes last.
     return sorted(runs, key=lambda run: run["arm"] == "control")
 
@@ -81,16 +90,18 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for arm, energy in dict.fromkeys((run["arm"], run["energy"]) for run in runs):
         mine = [run for run in runs if (run["arm"], run["energy"]) == (arm, energy)]
         row: dict[str, Any] = {"arm": arm, "energy": energy, "seeds": [r["seed"] for r in mine]}
-        row |= {name: over_seeds([run[name] for run in mine]) for name in _NUMBERS}
+        known = [name for name in _NUMBERS if name in mine[0]]
+        row |= {name: over_seeds([run[name] for run in mine]) for name in known}
         row["change"] = over_seeds([run["change"] for run in mine])
         row |= _errors(mine, dense)
         beside = [run for run in mine if run["seed"] in dense]
         if beside:
-            wanted = {
-                "healed_change": lambda run, host: run["healed_loss"] - host["healed_loss"],
+            wanted: dict[str, Any] = {
                 "smaller": lambda run, host: host["parameters"] / run["parameters"],
                 "layers_smaller": lambda r, h: h["layer_parameters"] / r["layer_parameters"],
             }
+            if "healed_loss" in row:
+                wanted["healed_change"] = lambda r, h: r["healed_loss"] - h["healed_loss"]
             for name, number in wanted.items():
                 row[name] = over_seeds([number(run, dense[run["seed"]]) for run in beside])
         rows.append(row)
@@ -115,13 +126,13 @@ def _errors(runs: list[dict[str, Any]], dense: dict[int, dict[str, Any]]) -> dic
     healed = [
         paired(run["healed_losses"], dense[run["seed"]]["healed_losses"])["change_error"]
         for run in runs
-        if run["seed"] in dense
+        if run["seed"] in dense and "healed_losses" in run
     ]
-    return {
+    errors = {
         "windows": sum(counts) if apart else max(counts),
         "change_error": pooled_error([run["change_error"] for run in runs], apart),
-        "healed_change_error": pooled_error(healed, apart),
     }
+    return {**errors, "healed_change_error": pooled_error(healed, apart)} if healed else errors
 
 
 def table(content: dict[str, Any]) -> None:
@@ -134,13 +145,24 @@ def table(content: dict[str, Any]) -> None:
                 f"{middle['layer_parameters'] / 1e6:.2f} M",
                 f"{middle['parameters'] / 1e6:.2f} M",
                 f"{middle['loss']:.4f}",
-                f"{middle['healed_loss']:.4f}",
+                f"{middle['change']:+.4f}",
+                f"{middle['healed_loss']:.4f}" if "healed_loss" in middle else "–",
                 f"{middle['healed_change']:+.4f}" if "healed_change" in middle else "–",
                 f"{middle['seconds'] * 1e3:.1f}",
                 f"{middle['dense_seconds'] * 1e3:.1f}",
             ]
         )
-    headers = ["arm", "layers", "model", "loss", "healed", "above host", "ms", "host's ms"]
+    headers = [
+        "arm",
+        "layers",
+        "model",
+        "loss",
+        "above host",
+        "healed",
+        "above host",
+        "ms",
+        "host's ms",
+    ]
     show(headers, lines)
 
 
@@ -155,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--energies", nargs="+", type=float, default=list(ENERGIES), help="[0.9 0.95 0.99]")
     add("--controls", nargs="*", type=float, default=list(CONTROLS), help="of energies [0.99]")
+    add("--heal", type=int, metavar="STEPS", help="of training every arm on; 0: none [2, 40, 60]")
     add("--minutes", type=float, default=60, help="start no run later than this")
     add("--runs", type=Path, default=Path("runs/compression"), help="what is kept of runs")
     add("--out", type=Path, help="JSON [results/compression_DEVICE.json, _pretrained.json]")
@@ -164,6 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--quick: expected --out too: what is measured then is not to be kept")
     if any(not 0 < energy < 1 for energy in [*options.energies, *options.controls]):
         parser.error("--energies, --controls: expected numbers between 0 and 1")
+    if options.heal is not None and options.heal < 0:
+        parser.error(f"--heal: expected 0 or more steps, got {options.heal}")
     if options.commit:
         os.environ["GRAVITY_HF_COMMIT"] = options.commit
     try:

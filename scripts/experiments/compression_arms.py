@@ -28,10 +28,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "quick": {"calibration": (4, 64), "windows": 2, "heal": (2, 2, 64), "repeats": 1},
 }
 _STEP = 8
-# What several runs of one process need of a host and seed: its losses of windows, and the ranks of
-# an energy.
+# What several runs of one process need: of a host and seed its losses of windows; of a host and an
+# energy the ranks and the parameters; the arm that was made last, which seeds may share.
 _host_losses: dict[Path, list[float]] = {}
 _ranks: dict[tuple[Path, float], dict[str, int]] = {}
+_counts: dict[tuple[Path, float], int] = {}
+_last: dict[tuple[Path, str, float | None], tuple[nn.Module, dict[str, Any]]] = {}
 
 
 def one_run(run: dict[str, Any]) -> dict[str, Any]:
@@ -44,17 +46,19 @@ def one_run(run: dict[str, Any]) -> dict[str, Any]:
         _host_losses[host.shelf] = window_losses(dense, held_out)
     before = _host_losses[host.shelf]
     result: dict[str, Any] = {"host_loss": statistics.fmean(before), "length": host.length}
-    model, more = _made(run, host, dense, sizes)
+    model, more = _shared(run, host, dense, sizes)
     losses = window_losses(model, held_out)
     result |= {**more, **_parameters(model), "loss": statistics.fmean(losses)}
     result |= {**paired(losses, before), "windows": len(losses)}
-    result |= _seconds(model, dense, host, sizes["repeats"], device)
-    healed = _healed(model, run, host, sizes["heal"], held_out)
-    result |= {"healed_loss": statistics.fmean(healed), "healed_losses": healed}
+    steps, *shape = sizes["heal"]
+    steps = run.get("heal", steps)
+    if steps:
+        healed = _healed(copy.deepcopy(model), run, host, (steps, *shape), held_out)
+        result |= {"healed_loss": statistics.fmean(healed), "healed_losses": healed}
     return {
         **{name: run[name] for name in ("arm", "energy", "seed", "size")},
         **result,
-        "heal": [*sizes["heal"], host.heal_rate],
+        "heal": [steps, *shape, host.heal_rate],
         "unit": host.unit,
         "host": host.described(),
         "host_seconds": host.record.get("seconds"),
@@ -74,25 +78,40 @@ def smaller_sizes(sizes: dict[str, Any], vocabulary: int, parameters: int) -> di
     return min(options, key=lambda x: abs(_count(x, vocabulary) - parameters))
 
 
+def _shared(run: dict[str, Any], host: Any, dense: nn.Module, sizes: dict[str, Any]) -> Any:
+    """`_made` and seconds of its forward, once for runs of the same host and arm that follow each
+    other."""
+    known = (host.folder, run["arm"], run["energy"])
+    if known not in _last:
+        _last.clear()
+        model, more = _made(run, host, dense, sizes)
+        more = {**more, **_seconds(model, dense, host, sizes["repeats"], run["device"])}
+        _last[known] = (model, more)
+    return _last[known]
+
+
 def _made(run: dict[str, Any], host: Any, dense: nn.Module, sizes: dict[str, Any]) -> Any:
     """The model of an arm, and what is known of it."""
     model = copy.deepcopy(dense)
     if run["arm"] == "dense":
         return model, {}
+    known = (host.folder, run["energy"])
+    if run["arm"] == "layers" and known in _counts:
+        return _fewer_layers(dense, _counts[known])
     count, length = sizes["calibration"]
-    ids = host.calibration(count, min(length, host.length), seed=run["seed"])
+    seed = 0 if run.get("pretrained") else run["seed"]
+    ids = host.calibration(count, min(length, host.length), seed=seed)
     batches = [{"input_ids": x} for x in ids.split(4)]
     rank: Any = f"energy:{run['energy']}"
     shown: Any = batches
     if run["arm"] == "plain":
-        known = (host.shelf, run["energy"])
         if known not in _ranks:
             other = copy.deepcopy(dense)
             _ranks[known] = factorize(other, rank, calibration=batches, progress=False).ranks
         rank, shown = _ranks[known], None
     start = time.perf_counter()
     report = factorize(model, rank, calibration=shown, progress=False)
-    _ranks[host.shelf, run["energy"]] = report.ranks
+    _ranks[known], _counts[known] = report.ranks, _parameters(model)["parameters"]
     more = {
         "factorize_seconds": time.perf_counter() - start,
         "ranks": _by_kind(report.ranks),
@@ -102,7 +121,7 @@ def _made(run: dict[str, Any], host: Any, dense: nn.Module, sizes: dict[str, Any
     if run["arm"] == "control":
         return _control(run, model)
     if run["arm"] == "layers":
-        return _fewer_layers(dense, sum(p.numel() for p in model.parameters()))
+        return _fewer_layers(dense, _counts[known])
     return model, more
 
 
@@ -215,7 +234,20 @@ def _healed(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    _without_autocast(model)
     return window_losses(model, held_out)
+
+
+def _without_autocast(model: nn.Module) -> None:
+    """Take off the wrapper that accelerate leaves around `forward` after training in bfloat16:
+    losses are of the weights as they are. Its own `unwrap_model` takes off the decorators that
+    transformers has there, too."""
+    forward = vars(model).pop("_original_forward", None)
+    if forward is None:
+        return
+    vars(model).pop("forward", None)
+    if model.forward != forward:
+        model.forward = forward
 
 
 def _scaled(sizes: dict[str, Any], share: float) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def recorded(
     """What a result says of its host: name, parameters, digest of the weights, text."""
     text = tokens(str(folder), files, share)
     return {
-        "name": folder.resolve().name,
+        "name": folder.absolute().name or folder.resolve().name,
         "parameters": _parameters(folder),
         "digest": weights_digest(folder),
         "length": length,

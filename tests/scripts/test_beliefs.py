@@ -117,7 +117,7 @@ def test_interference_is_measured_for_both_kinds(folder: Path) -> None:
 def test_routing_has_its_controls(folder: Path) -> None:
     content = run("belief_routing", folder)
     encoders = content["summary"]["routing"]
-    assert set(encoders) == set(experiment("belief_routing").ENCODERS)
+    assert set(encoders) == set(experiment("belief_routing").ROUTERS)
     assert encoders["hidden:quarter"]["beliefs"] == 8
     assert set(content["summary"]) == {"routing", "confidence", "separation", "few_shot"}
 

@@ -86,3 +86,50 @@ def test_what_is_done_is_not_done_again_and_no_path_is_kept(
 def test_a_quick_run_is_not_kept_as_a_result(experiment: dict[str, Any]) -> None:
     with pytest.raises(SystemExit):
         experiment["module"].main(["--quick"])
+
+
+def test_losses_after_training_in_bfloat16_are_of_the_weights_as_they_are(
+    experiment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms, hosts = (importlib.import_module(name) for name in ("compression_arms", "lean_hosts"))
+    folder, usual = experiment["folder"], arms.training_arguments
+
+    def in_bfloat16(*given: Any, **more: Any) -> Any:
+        return usual(*given, **{**more, "bf16": True})
+
+    monkeypatch.setattr(arms, "training_arguments", in_bfloat16)
+    text = f"lines={folder / 'text.txt'}"
+    host = hosts.host_at(folder, seeds=(0,), preset="quick", data=text)[0]
+    held_out = host.held_out(2).split(1)
+    model, fresh = host.load(), host.load()
+    # Left in autocast, window_losses would refuse the model: its head is not in bfloat16 there.
+    losses = arms._healed(model, {"device": "cpu", "seed": 0}, host, (2, 2, 64), held_out)
+    fresh.load_state_dict(model.state_dict())
+    assert losses == arms.window_losses(fresh, held_out)
+    # What transformers has around the forward is there still.
+    assert isinstance(model(input_ids=held_out[0], return_dict=False), tuple)
+
+
+def test_without_healing_there_are_no_healed_numbers(
+    experiment: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms, out = importlib.import_module("compression_arms"), experiment["folder"] / "plain.json"
+    monkeypatch.setattr(arms, "_healed", lambda *given: pytest.fail("trained"))
+    command = [*experiment["command"], "--heal", "0", "--controls", "--out", str(out)]
+    experiment["module"].main(command)
+    # Runs that were healed are others.
+    shown = capsys.readouterr().out
+    assert "3 runs to do, 0 done before" in shown
+    lines = [line for line in shown.splitlines() if line.startswith(("weighted", "plain"))]
+    assert len(lines) == 2 and all(line.count("–") == 2 for line in lines)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert content["heal"][0] == 0
+    names = {name for part in ("rows", "runs") for row in content[part] for name in row}
+    assert "change_error" in names and not any("healed" in name for name in names)
+    before = {run["arm"]: run["loss"] for run in experiment["content"]["runs"]}
+    assert all(run["loss"] == pytest.approx(before[run["arm"]]) for run in content["runs"])
+
+
+def test_a_number_of_steps_below_zero_is_refused(experiment: dict[str, Any]) -> None:
+    with pytest.raises(SystemExit):
+        experiment["module"].main([*experiment["command"], "--heal", "-1"])

@@ -116,7 +116,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
         "rows": [
             {
                 "arm": "weighted", "energy": 0.95, "seeds": [0, 1, 2], "loss": three(1.9),
-                "layer_parameters": three(5e6), "parameters": three(6e6),
+                "layer_parameters": three(5e6), "parameters": three(6e6), "change": three(0.3),
                 "healed_loss": three(1.6), "healed_change": three(0.07),
                 "seconds": three(0.1), "dense_seconds": three(0.15),
             },
@@ -166,7 +166,8 @@ SHOWN = {
     "lean-feed-forward-speed": ["whole | 2 ms", "blocks of 64 | 0.8 ms (2.50x, gathered)"],
     "lean-feed-forward-loss": ["80% left out, reordered, oracle | 1.5000", "masked at the end"],
     "lean-compression": [
-        "weighted, energy 0.95 | 5.00 M | 6.00 M | 1.9000 | 1.6000 | +0.0700",
+        "weighted, energy 0.95 | 5.00 M | 6.00 M | 1.9000 | +0.3000",
+        "| 1.6000 | +0.0700",
         "60 steps of 16",
     ],
     "lean-kv-speed": ["1B, 8192, rotated 4 | 1.0 | 3.56x | 30 ms | 9 ms"],
@@ -251,6 +252,30 @@ def test_a_pretrained_host_is_named_with_its_windows_and_errors(
     windows = 48 if table == "lean-kv-loss" else 24
     assert "a small model, 134.5 M parameters, weights 01234567" in text
     assert f"{windows} windows of 8192 tokens; nats per token (3.65 bytes) of held-out text" in text
+
+
+def test_what_was_not_healed_has_dashes(tmp_path: Path) -> None:
+    import lean_tables
+
+    content = pretrained("experiments/compression_cuda", "change_error")
+    content["heal"][0] = 0
+    for row in content["rows"]:
+        for name in ("healed_loss", "healed_change"):
+            del row[name]
+    (tmp_path / "compression_pretrained.json").write_text(json.dumps(content))
+    text = lean_tables.tables(tmp_path, tmp_path)["lean-compression"]()
+    assert "| +0.3000 ± 0.0030 (+0.2900 to +0.3100) | – | – | 1.50x |" in text
+    assert "Nothing was healed." in text and "steps of" not in text
+
+
+def test_one_seed_is_no_mean_of_seeds(tmp_path: Path) -> None:
+    import lean_tables
+
+    content = pretrained("experiments/kv_cache", "change_error")
+    content["rows"] = [row for row in content["rows"] if row["seed"] == 0]
+    (tmp_path / "kv_cache_pretrained.json").write_text(json.dumps(content))
+    text = lean_tables.tables(tmp_path, tmp_path)["lean-kv-loss"]()
+    assert "of held-out text; one seed, ± the standard error over windows." in text
 
 
 def test_what_the_conversion_to_gravity_costs_stands_below(tmp_path: Path) -> None:

@@ -185,11 +185,33 @@ def test_sparse_attention_of_a_pretrained_host(folder):
     assert len(list(folder.glob("model-*/screening-learned-*.safetensors"))) == 2
 
 
+def test_seeds_of_a_pretrained_host_share_what_was_made_smaller(folder, monkeypatch):
+    arms, made = importlib.import_module("compression_arms"), []
+    usual = arms.factorize
+    monkeypatch.setattr(arms, "factorize", lambda *a, **b: made.append(b) or usual(*a, **b))
+    more = ["--energies", "0.9", "--controls", "0.9", "--runs", str(folder / "runs-shared")]
+    content = run("compression", folder, "--seeds", "0", "1", "--heal", "0", *more)
+    assert [row["arm"] for row in content["rows"]] == ["dense", "weighted", "layers", "plain"]
+    assert len(made) == 2 and made[0]["calibration"] and made[1]["calibration"] is None
+    for arm in ("weighted", "layers", "plain"):
+        one, two = (x for x in content["runs"] if x["arm"] == arm)
+        assert one["parameters"] == two["parameters"] and one["loss"] != two["loss"]
+
+
+def test_a_host_is_named_as_its_folder_is_also_where_that_is_a_link(folder, tmp_path):
+    from pretrained_host import pretrained_at
+
+    (tmp_path / "a-name").symlink_to(folder / "model")
+    host = hosts(folder)[0]
+    linked = pretrained_at(tmp_path / "a-name", host.files, tmp_path, length=32)[0]
+    assert linked.described() == {**host.described(), "name": "a-name"}
+
+
 def test_compression_of_a_pretrained_host(folder):
     more = ["--energies", "0.9", "--controls", "0.9", "--runs", str(folder / "runs-compression")]
     content = run("compression", folder, "--seeds", "0", *more)
     rows = {row["arm"]: row for row in content["rows"]}
-    assert list(rows) == ["dense", "weighted", "plain", "layers"]
+    assert list(rows) == ["dense", "weighted", "layers", "plain"]
     ranks = content["runs"][1]["ranks"]
     assert set(ranks) <= {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
     shorter = rows["layers"]["layer_parameters"]["median"]

@@ -48,7 +48,7 @@ def filled_store(
     """A store with `count` facts whose deltas are random: they change every answer."""
     # A fact's parameters are a large share of so small a base.
     store = BeliefStore.create(
-        folder, model, tokenizer, EncodingConfig(steps=10, budget_fraction=1.0)
+        folder, model, tokenizer, EncodingConfig(steps=3, budget_fraction=1.0)
     )
     with store.transaction():
         for number in range(count):

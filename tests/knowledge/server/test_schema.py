@@ -14,7 +14,7 @@ from knowledge.server.served import ADMIN, Running, running
 
 from gravity_hf.knowledge.server.knowledge_base import KnowledgeBase
 
-EXAMPLES = 4
+EXAMPLES = 3
 FAST = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -78,7 +78,7 @@ FIELDS = [
 )
 def test_bodies_of_any_kind_are_answered_below_500(fuzzed: Running, path: str) -> None:
     @given(body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6) | JSON)
-    @settings(FAST, max_examples=25)
+    @settings(FAST, max_examples=15)
     def is_answered(body: Any) -> None:
         with contextlib.suppress(ValueError):  # NaN has no JSON
             response = fuzzed.ask("POST", path, body, ADMIN)
@@ -88,7 +88,7 @@ def test_bodies_of_any_kind_are_answered_below_500(fuzzed: Running, path: str) -
 
 
 @given(path=st.text(st.characters(min_codepoint=33, max_codepoint=255), max_size=30))
-@settings(FAST, max_examples=40)
+@settings(FAST, max_examples=20)
 def test_names_of_any_kind_are_answered_below_500(fuzzed: Running, path: str) -> None:
     with contextlib.suppress(httpx.InvalidURL):
         for prefix in ("/beliefs/", "/deltas/", "/v1/models/", "/"):
