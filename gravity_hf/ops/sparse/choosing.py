@@ -37,9 +37,9 @@ def choose_implementation(
     step takes a seventh of the dense one at 32768 keys, where the cache keeps `means`, and as long
     as it at 4096. `KeyBudget.min_length` keeps shorter contexts dense.
 
-    On a GPU a decoding step without a mask does not come here: `fused` chooses and attends in two
-    kernels. `triton` does the work of the chosen pairs alone, without gradients; the tiles of
-    `flex` hold the choices of 128 queries together, which are most of a few thousand keys, and it
+    `fused`, which chooses and attends in two kernels, is for those who ask for it: it has not been
+    timed on a GPU. There `triton` does the work of the chosen pairs alone, without gradients; the
+    tiles of `flex` hold the choices of 128 queries together, which are most of a few thousand keys, and it
     has gradients of dot products. Whatever neither serves, above all gradients of gravity, is dense
     attention under the selection as a mask: the numbers are those of the chosen keys, time and
     arithmetic those of all. `routed` starts thousands of small kernels there and waits for each
