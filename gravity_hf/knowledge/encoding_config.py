@@ -12,7 +12,7 @@ from .errors import ValidationError
 
 @dataclass(frozen=True)
 class EncodingConfig:
-    """Settings of `BeliefEncoder`; the defaults were tuned on a language model of 135 M parameters.
+    """Settings of `BeliefEncoder`; the defaults come from a few trials on SmolLM2-135M.
 
     Args:
         rank: of the update of each map.

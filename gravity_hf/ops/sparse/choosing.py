@@ -39,10 +39,10 @@ def choose_implementation(
 
     `fused`, which chooses and attends in two kernels, is for those who ask for it: it has not been
     timed on a GPU. There `triton` does the work of the chosen pairs alone, without gradients; the
-    tiles of `flex` hold the choices of 128 queries together, which are most of a few thousand keys, and it
-    has gradients of dot products. Whatever neither serves, above all gradients of gravity, is dense
-    attention under the selection as a mask: the numbers are those of the chosen keys, time and
-    arithmetic those of all. `routed` starts thousands of small kernels there and waits for each
+    tiles of `flex` hold the choices of 128 queries together, which are most of a few thousand keys,
+    and it has gradients of dot products. Whatever neither serves, above all gradients of gravity,
+    is dense attention under the selection as a mask: the numbers are those of the chosen keys, time
+    and arithmetic those of all. `routed` starts thousands of small kernels there and waits for each
     head: a training step of gravity at 8192 tokens took 2.4 s with it, 8 ms with dense attention.
     """
     if is_exporting():
