@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from belief_report import (
+    TITLES,
     beliefs_table,
     interference_table,
     rate_cell,
     restore_table,
     routing_table,
 )
-from table_text import NONE, experiment_conditions, markdown, result_json
+from table_text import NONE, contents, experiment_conditions, markdown, result_json
 
 # Of the numbers of active beliefs, what a README has room for.
-_ACTIVE = ("1", "2", "5", "10", "20", "50", "100")
+_ACTIVE = ("1", "2", "5", "10", "20", "100")
+_BY_WORDING = "Measured with routers that go by wording alone: no text had to name a subject."
 _CATEGORIES = {
     "retrieval": "a fact is needed",
     "reasoning": "reasoning alone",
@@ -43,7 +45,8 @@ def _below(content: dict[str, Any], note: str) -> str:
     """What the table is of, and where it was measured."""
     base = content["base"]
     where = f"{base['name']}, {base['dtype']}, commit {content['commit'][:10]}."
-    return f"\n{note} {where}\n" + experiment_conditions([{"conditions": content}])
+    measured = experiment_conditions([{"conditions": content}]).strip()
+    return f"\n{note} {where} {measured}\n"
 
 
 def _seeds(units: list[dict[str, Any]]) -> str:
@@ -61,7 +64,11 @@ def beliefs(folder: Path) -> str:
         f"in nats, and the share of answers that stay, at held-out neighbours; "
         f"{_seeds(content['units'])}."
     )
-    return markdown(*beliefs_table(content)) + _below(content, note)
+    if not all(unit["router"].get("subjects") for unit in content["units"]):
+        note = f"{note} {_BY_WORDING}"
+    headers, rows = beliefs_table(content)
+    kept = [row for row in rows if not row[0].endswith(TITLES["other"])]
+    return markdown(headers, kept) + _below(content, note)
 
 
 def interference(folder: Path) -> str:
@@ -85,8 +92,13 @@ def restore(folder: Path) -> str:
 
 
 def routing(folder: Path) -> str:
-    """Routers on the same queries, and what is built on the default one."""
-    content = _content(folder, "belief_routing")
+    """Routers on the same queries, and what is built on the default one; a part for each file."""
+    command = "scripts/experiments/belief_routing.py --base DIR"
+    found = contents(folder, "belief_routing", command, ("", "cpu"))
+    return "\n".join(map(_routing_part, found))
+
+
+def _routing_part(content: dict[str, Any]) -> str:
     units, summary = content["units"], content["summary"]
     first = next(iter(summary["routing"].values()))
     own = [unit for unit in units if unit["part"] == "routing"]
@@ -99,7 +111,8 @@ def routing(folder: Path) -> str:
         _separation(summary),
         _few_shot(summary, units),
     ]
-    return "".join(parts) + _below(content, "All parts:")
+    by_wording = "hidden:quarter, by wording" not in summary["routing"]
+    return "".join(parts) + _below(content, _BY_WORDING if by_wording else "All parts:")
 
 
 def _confidence(summary: dict[str, Any], units: list[dict[str, Any]]) -> str:

@@ -87,7 +87,7 @@ def neighbours(facts: Sequence[Any], threshold: bool) -> list[str]:
 
 
 # Of the texts that are routed, neighbours and paraphrases in about equal numbers, this share is to
-# be routed right.
+# be routed right. Chosen among 0.95, 0.9 and 0.8 with the queries of seed 0 in view.
 PRECISION = 0.9
 
 

@@ -91,7 +91,10 @@ def work(options: Any, model: Any, tokenizer: Any, bank_name: str, seed: int) ->
         "seed": seed,
         "facts": len(facts),
         "deltas": _costs(encoded),
-        "router": {"threshold": router.router.threshold_value},
+        "router": {
+            "threshold": router.router.threshold_value,
+            "subjects": router.router.subjects,
+        },
         "elsewhere": elsewhere,
         "per_item": _items(facts, encoded, found),
     }

@@ -32,7 +32,9 @@ def bank(store):
 
 @pytest.fixture
 def recorder(store, bank):
-    return ProvenanceRecorder(store, bank, Router(store, "tfidf", top_k=2, threshold=0.25), every=2)
+    # By wording alone, so that a text may have two sources.
+    router = Router(store, "tfidf", top_k=2, threshold=0.25, subjects=False)
+    return ProvenanceRecorder(store, bank, router, every=2)
 
 
 def confidence(weight: float, threshold: float, beliefs=()) -> ConfidenceModel:
