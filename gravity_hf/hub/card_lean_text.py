@@ -8,18 +8,25 @@ from huggingface_hub import ModelCardData
 
 from ..integration.own_lean import leanformer_in_words
 from ..models.leanformer import LeanFormerConfig
-from .card_attribution import citation
-from .card_law import NOT_MEASURED, spread
+from .card_law import NOT_MEASURED
 from .card_lean import COLUMNS, MODEL_TYPE
 from .card_lgt_text import comparison, eval_results
-from .card_pretrained import rate_text, validation_text
-from .card_text import command, conditions, samples
+from .card_own_text import (
+    causal_loading,
+    class_of,
+    constants_table,
+    own_metadata,
+    own_parts,
+    training_text,
+)
+from .card_pretrained import validation_text
 from .card_words import counted
 
 _LEGEND = (
     "All others were trained by the same recipe on the same windows in the same order, each with "
     "the best of the same learning rates"
 )
+_UNKNOWN_WEIGHTS = "Whose weights these are is not recorded; a factorised model has its host's."
 _DOT_PRODUCT = "weight(i, j) = softmax of q_i.k_j / sqrt(d) over the keys j that i looks at"
 _LAWS = {
     "power": "weight(i, j) ~ 1 / (d2(i, j) + e)^g, normalised over the keys j that i looks at",
@@ -30,47 +37,25 @@ _LAWS = {
 def parts(facts: dict[str, Any], name: str) -> dict[str, Any]:
     """What the template of cards is filled in with."""
     settings: LeanFormerConfig = facts["settings"]
-    return {
+    said = {
         "introduction": introduction(facts),
-        "version": facts["gravity_hf"],
         "law_text": law_text(settings),
         "constants": constants(settings),
         "layers": layer_table(facts),
-        "changes_title": "What it is",
         "changes": shape(facts),
         "recipe": recipe(facts),
         "measured": comparison(facts, _LEGEND),
-        "samples": samples(facts),
-        "conditions": conditions(facts),
-        "command": command(facts),
-        "loading": loading(facts, name),
+        "loading": causal_loading(facts, name, "LeanFormerModel", "a LeanFormer"),
         "limits": limits(facts),
-        "software": [
-            f"transformers without this library: does not know the model type `{MODEL_TYPE}`.",
-            "llama.cpp, vLLM, TGI: not tried.",
-        ],
-        "licence": [
-            "Licence: not stated.",
-            "It was trained from nothing: there are no weights of others in it."
-            if facts["training"]
-            else "Whose weights these are is not recorded; a factorised model has its host's.",
-        ],
-        "citation": citation(facts),
     }
+    return own_parts(facts, MODEL_TYPE, said, _UNKNOWN_WEIGHTS)
 
 
 def metadata(facts: dict[str, Any], name: str) -> ModelCardData:
     """Tags, and what was measured of this model alone."""
-    results = eval_results(facts)
-    gravity = facts["settings"].attention == "gravity"
-    return ModelCardData(
-        # Under "transformers" the Hub shows code that does not know the model type.
-        library_name="gravity_hf",
-        pipeline_tag="text-generation" if _class(facts).endswith("ForCausalLM") else None,
-        tags=[*(["gravity-attention"] if gravity else []), MODEL_TYPE],
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
+    gravity = ["gravity-attention"] if facts["settings"].attention == "gravity" else []
+    tags = [*gravity, MODEL_TYPE]
+    return own_metadata(facts, name, tags, eval_results(facts))
 
 
 def introduction(facts: dict[str, Any]) -> str:
@@ -108,25 +93,10 @@ def constants(settings: LeanFormerConfig) -> str:
 
 
 def layer_table(facts: dict[str, Any]) -> str:
-    """Markdown: the learned constants of every layer, lowest / median / highest of its heads."""
-    layers = facts["layers"]
+    """Markdown: the learned constants of every layer."""
     if facts["settings"].attention != "gravity":
         return "It has no constants of gravity."
-    if not layers:
-        return f"The constants of each layer: {NOT_MEASURED}."
-    columns = [(title, key) for title, key in COLUMNS if any(row.get(key) for row in layers)]
-    lines = [
-        f"| layer | heads | {' | '.join(title for title, _ in columns)} |",
-        f"| --- | ---: | {' | '.join('---:' for _ in columns)} |",
-    ]
-    for row in layers:
-        cells = [spread(row.get(key)) for _, key in columns]
-        lines.append(f"| `{row['layer']}` | {row['strength']['count']} | {' | '.join(cells)} |")
-    legend = (
-        "Lowest / median / highest over the heads of a layer, read from the tensors; one number "
-        "where all are equal. g has no unit, e is a squared distance."
-    )
-    return "\n".join([*lines, "", legend])
+    return constants_table(facts["layers"], COLUMNS, "g has no unit, e is a squared distance.")
 
 
 def shape(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -135,7 +105,10 @@ def shape(facts: dict[str, Any]) -> list[tuple[str, str]]:
     count = facts["parameters"]
     heads = f"{settings.num_attention_heads}, {settings.num_key_value_heads}"
     return [
-        ("class, weights", ", ".join(filter(None, (_class(facts), facts["host"]["dtype"])))),
+        (
+            "class, weights",
+            ", ".join(filter(None, (_class(facts), facts["host"]["dtype"]))),
+        ),
         ("parameters", NOT_MEASURED if count is None else f"{count:,}"),
         ("layers", str(settings.num_hidden_layers)),
         ("query heads, KV heads", heads),
@@ -150,30 +123,7 @@ def shape(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def recipe(facts: dict[str, Any]) -> list[str]:
     """How it was trained, where that is recorded."""
-    training = facts["training"]
-    if training is None:
-        return ["How it was made is not recorded in this folder; all else is read from its files."]
-    return [
-        f"Trained from nothing, seed {training['seed']}: {counted(training['steps'], 'step')} of "
-        f"{training['rows']} windows of {training['length']} tokens, {training['tokens']:,} tokens "
-        f"in all{', in bfloat16' if training['bfloat16'] else ''}.",
-        f"AdamW, learning rate {training['learning_rate']:g} after "
-        f"{counted(training['warmup_steps'], 'step')} of warmup, then "
-        f"{training.get('schedule', 'a cosine')}; weight decay {training['weight_decay']:g}."
-        f"{rate_text(training)}",
-        f"Text: {training['text']}.",
-    ]
-
-
-def loading(facts: dict[str, Any], name: str) -> str:
-    """Code that runs with the library."""
-    auto = "AutoModelForCausalLM" if _class(facts).endswith("ForCausalLM") else "AutoModel"
-    return (
-        "```python\nimport gravity_hf  # tells the Auto classes what a LeanFormer is\n"
-        f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{name}")\n```\n\n'
-        "It needs the library: there is no code beside the weights. With a tokenizer in the folder "
-        "`gravity-hf generate` and `gravity-hf chat` continue a text in a terminal."
-    )
+    return training_text(facts)
 
 
 def limits(facts: dict[str, Any]) -> list[str]:
@@ -207,4 +157,4 @@ def _longest(settings: LeanFormerConfig) -> str:
 
 
 def _class(facts: dict[str, Any]) -> str:
-    return (facts["config"].get("architectures") or ["LeanFormerModel"])[0]
+    return class_of(facts, "LeanFormerModel")

@@ -8,12 +8,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..models.lgt import LGTConfig
-from .card_attribution import citation
 from .card_law import NOT_MEASURED, spread
 from .card_lgt import MODEL_TYPE
 from .card_lgt_law import constants, law_text, limits
-from .card_pretrained import rate_text, validation_text
-from .card_text import command, conditions, samples
+from .card_own_text import class_of, own_metadata, own_parts, training_text
+from .card_pretrained import validation_text
 from .card_words import counted
 
 # Key of the row of the model itself.
@@ -31,46 +30,23 @@ _LEGEND = (
 
 def parts(facts: dict[str, Any], name: str) -> dict[str, Any]:
     """What the template of cards is filled in with."""
-    return {
+    said = {
         "introduction": introduction(facts),
-        "version": facts["gravity_hf"],
         "law_text": law_text(facts["settings"]),
         "constants": constants(facts["settings"]),
         "layers": layer_table(facts),
-        "changes_title": "What it is",
         "changes": shape(facts),
         "recipe": recipe(facts),
-        "measured": measured(facts),
-        "samples": samples(facts),
-        "conditions": conditions(facts),
-        "command": command(facts),
+        "measured": comparison(facts, _LEGEND),
         "loading": loading(facts, name),
         "limits": limits(facts),
-        "software": [
-            f"transformers without this library: does not know the model type `{MODEL_TYPE}`.",
-            "llama.cpp, vLLM, TGI: not tried.",
-        ],
-        "licence": [
-            "Licence: not stated.",
-            "It was trained from nothing: there are no weights of others in it."
-            if facts["training"]
-            else "Whose weights these are is not recorded.",
-        ],
-        "citation": citation(facts),
     }
+    return own_parts(facts, MODEL_TYPE, said)
 
 
 def metadata(facts: dict[str, Any], name: str) -> ModelCardData:
     """Tags, and what was measured of this model alone."""
-    results = eval_results(facts)
-    return ModelCardData(
-        # Under "transformers" the Hub shows code that does not know the model type.
-        library_name="gravity_hf",
-        pipeline_tag="text-generation" if _writes(facts) else None,
-        tags=["gravity-attention", "lgt"],
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
+    return own_metadata(facts, name, ["gravity-attention", MODEL_TYPE], eval_results(facts))
 
 
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
@@ -135,24 +111,7 @@ def shape(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def recipe(facts: dict[str, Any]) -> list[str]:
     """How it was trained, where that is recorded."""
-    training = facts["training"]
-    if training is None:
-        return ["How it was made is not recorded in this folder; all else is read from its files."]
-    schedule = training.get("schedule", "a cosine to a tenth")
-    return [
-        f"Trained from nothing, seed {training['seed']}: {counted(training['steps'], 'step')} of "
-        f"{training['rows']} windows of {training['length']} tokens, {training['tokens']:,} tokens "
-        f"in all{', in bfloat16' if training['bfloat16'] else ''}.",
-        f"AdamW, learning rate {training['learning_rate']:g} after "
-        f"{counted(training['warmup_steps'], 'step')} of warmup, then {schedule}; weight "
-        f"decay {training['weight_decay']:g}.{rate_text(training)}",
-        f"Text: {training['text']}.",
-    ]
-
-
-def measured(facts: dict[str, Any]) -> str:
-    """Markdown: bits per byte of all that were compared."""
-    return comparison(facts, _LEGEND)
+    return training_text(facts, schedule="a cosine to a tenth")
 
 
 def comparison(facts: dict[str, Any], rivals: str) -> str:
@@ -213,11 +172,7 @@ def loading(facts: dict[str, Any], name: str) -> str:
 
 
 def _class(facts: dict[str, Any]) -> str:
-    return (facts["config"].get("architectures") or ["LGTModel"])[0]
-
-
-def _writes(facts: dict[str, Any]) -> bool:
-    return _class(facts).endswith("ForCausalLM")
+    return class_of(facts, "LGTModel")
 
 
 def _learned(settings: LGTConfig) -> str:

@@ -154,6 +154,18 @@ def test_a_half_precision_base_gets_float32_factors(llama, random_delta):
     assert torch.equal(logits(model), before)
 
 
+def assert_in_force_and_gone(store, model):
+    """The belief "a" by peft and by bank, and the base as it was after both."""
+    before = logits(model)
+    with store.active(["a"]):
+        by_peft = logits(model)
+    with store.compile_bank().routed([[store.get("a").id]]):
+        torch.testing.assert_close(logits(model), by_peft)
+    assert (by_peft - before).abs().max() > 1e-3
+    assert torch.equal(logits(model), before)
+    store.verify()
+
+
 def test_a_quantised_base_is_restored(tmp_path, random_delta):
     hqq = pytest.importorskip("hqq.core.quantize")
     model = tiny_host("llama", num_hidden_layers=2)
@@ -164,14 +176,7 @@ def test_a_quantised_base_is_restored(tmp_path, random_delta):
         )
     store = BeliefStore.create(tmp_path / "kb", model)
     store.add_delta("a", random_delta(model, 1))
-    before = logits(model)
-    with store.active(["a"]):
-        by_peft = logits(model)
-    with store.compile_bank().routed([[store.get("a").id]]):
-        torch.testing.assert_close(logits(model), by_peft)
-    assert (by_peft - before).abs().max() > 1e-3
-    assert torch.equal(logits(model), before)
-    store.verify()
+    assert_in_force_and_gone(store, model)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -193,14 +198,7 @@ def test_a_base_quantised_by_bitsandbytes_is_pinned_before_its_first_call(
     model = load()
     store = BeliefStore.create(tmp_path / "kb", model)
     store.add_delta("a", random_delta(model, 1))
-    before = logits(model)
-    with store.active(["a"]):
-        by_peft = logits(model)
-    with store.compile_bank().routed([[store.get("a").id]]):
-        torch.testing.assert_close(logits(model), by_peft)
-    assert (by_peft - before).abs().max() > 1e-3
-    assert torch.equal(logits(model), before)
-    store.verify()
+    assert_in_force_and_gone(store, model)
     assert BeliefStore.open(store.path, load()).keys() == ["a"]
 
 
