@@ -93,12 +93,19 @@ def _coordinates(settings: NGTConfig) -> list[str]:
         "pre_attention": "z <- LN(z + Wn LN(h))",
         "none": "z stays as it is",
     }[settings.coordinate_source]
-    began = ", which began as copies" if settings.shared_start else ""
-    maps = f"    (keys have maps of their own{began})" if settings.asymmetric else ""
+    maps = f"    ({_key_maps(settings)})" if settings.key_heads else ""
     return [
         f"c = {' + '.join(own)} + b{maps}",
         f"z = {start} before the first layer; after a layer {moved}",
     ]
+
+
+def _key_maps(settings: NGTConfig) -> str:
+    began = ", which began as copies" if settings.shared_start else ""
+    shared = settings.num_attention_heads - settings.key_heads
+    where = "head" if shared == 1 else counted(shared, "head")
+    last = f"; in the last {where}, those of queries" if shared else ""
+    return f"keys have maps of their own{began}{last}"
 
 
 def _place(settings: NGTConfig) -> str:
@@ -141,7 +148,7 @@ def _sight(settings: NGTConfig) -> list[str]:
     said = []
     if settings.exclude_self:
         said.append("A token gives itself no weight, the first one aside, which sees no other.")
-    if not settings.asymmetric:
+    if not settings.key_heads:
         said.append(
             "Distances are symmetric: two tokens are near to each other, or neither is; only "
             "masses and order in the text tell one from the other."

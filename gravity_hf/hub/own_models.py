@@ -36,7 +36,7 @@ _GRAVITY = (
     *("attention", "positions", "law", "repulsive", "learn_softening", "token_masses"),
     *("mass_in_value", "mass_exponent", "head_bias", "coordinate_positions", "position_base"),
     *("content_coordinates", "anchor_coordinates", "hidden_head_coordinates", "asymmetric"),
-    *("coordinate_source", "mass_fading", "cutoff", "cutoff_width"),
+    *("symmetric_heads", "coordinate_source", "mass_fading", "cutoff", "cutoff_width"),
     # Of geolip, its companion and its prior.
     *("spectral_attention", "use_spectral", "gravity_law", "gravity_softening", "max_alpha"),
     *("lens_mode", "lens_sign", "frame_sign", "geolip", "read_layer", "write", "causal"),

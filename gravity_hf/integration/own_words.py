@@ -75,7 +75,9 @@ def _coordinates(config: PreTrainedConfig) -> str:
     parts += ["places again in every layer"] if config.anchor_coordinates else []
     parts += ["the hidden state in every layer"] if config.hidden_head_coordinates else []
     began = " that began as copies" if config.shared_start else ""
-    maps = f", keys by maps of their own{began}" if config.asymmetric else ""
+    own = config.key_heads
+    where = f" in the first {own} heads" if own < config.num_attention_heads else ""
+    maps = f", keys{where} by maps of their own{began}" if own else ""
     return (
         f"{config.coord_dim} coordinates, {config.head_coord_dim} in each head, of "
         f"{', '.join(parts)}{maps}; {_MOVED[config.coordinate_source]}"

@@ -28,6 +28,8 @@ VARIANTS = (
     "plain geometry",
     "32 head coordinates",
     "symmetric",
+    "no symmetric heads",
+    "half of the heads symmetric",
     "no content",
     "NGT reference",
     "NGT fixed",

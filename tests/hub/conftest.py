@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,16 @@ class Waits:
 
 @contextmanager
 def connected_hub() -> Iterator[LoopbackHub]:
-    """The Hub that huggingface_hub speaks to in this process; the user may write."""
-    with loopback_hub() as started, pytest.MonkeyPatch.context() as patch:
+    """The Hub that huggingface_hub speaks to in this process; the user may write.
+
+    What is downloaded is forgotten: commits of another run may have the same ids and other content.
+    """
+    with (
+        loopback_hub() as started,
+        tempfile.TemporaryDirectory() as cache,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(constants, "HF_HUB_CACHE", cache)
         template = started.url + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "ENDPOINT", started.url)
         # transformers keeps its client, and with it the address.

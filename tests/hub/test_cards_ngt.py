@@ -95,8 +95,13 @@ def test_what_was_measured_is_that_of_the_results(measured: Path) -> None:
         ("v2", {"cutoff": "hard"}, "over j < i, d2 <= r^2"),
         ("v2", {"cutoff": "log"}, "^g) + ln sigmoid((r^2 - d2) / 1) over"),
         ("v2", {"anchor_coordinates": False}, "c = Wc z + Wu LN(h) + b    (keys have"),
-        ("v2", {}, "(keys have maps of their own, which began as copies)\n"),
-        ("v2", {"shared_start": False}, "(keys have maps of their own)\n"),
+        (
+            "v2",
+            {},
+            "(keys have maps of their own, which began as copies; in the last head, those of "
+            "queries)\n",
+        ),
+        ("v2", {"shared_start": False, "symmetric_heads": 0}, "(keys have maps of their own)\n"),
         ("reference", {}, "softmax of (-g / (d2(i, j) + e) + beta) m_i m_j over j <= i, d2 <="),
         ("reference", {"cutoff": "soft"}, "m_i m_j times max(1 - d2 / r^2, 0) over"),
         (

@@ -32,9 +32,10 @@ class HeadCoordinates(NamedTuple):
 class NGTAttention(nn.Module):
     """`out_proj` of what every head gathers: weights by gravity, values from the hidden state.
 
-    Children: `gravity`; `v_proj`, `out_proj` `[D, D]`; `coord_proj` `[S H c, C]`; where the config
-    has them `anchor_proj` `[S H c, C]` and `hidden_coord_proj` `[S H c, D]`. An asymmetric model
-    has S = 2, and its maps give the coordinates of queries and then those of keys; else S = 1.
+    Children: `gravity`; `v_proj`, `out_proj` `[D, D]`; `coord_proj` `[(H + K) c, C]`; where the
+    config has them `anchor_proj` `[(H + K) c, C]` and `hidden_coord_proj` `[(H + K) c, D]`. These
+    give the coordinates of all H heads' queries, and then those of the keys of the first K heads;
+    in the other heads, in all of a symmetric model, keys are where queries are.
     """
 
     def __init__(self, config: NGTConfig, layer_idx: int) -> None:
@@ -44,14 +45,14 @@ class NGTAttention(nn.Module):
         self.dropout = float(config.dropout)
         self.law, self.repulsive = config.law, config.repulsive
         self.exclude_self = config.exclude_self
-        self.mass_in_value, self.asymmetric = config.mass_in_value, config.asymmetric
+        self.mass_in_value, self.key_heads = config.mass_in_value, config.key_heads
         self.has_anchors = config.anchor_coordinates
         self.reads_hidden = config.hidden_head_coordinates
         self.gravity = NGTGravity(config)
         width = config.hidden_size
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
-        own = config.num_attention_heads * config.head_coord_dim * (1 + config.asymmetric)
+        own = (self.heads + self.key_heads) * config.head_coord_dim
         # One product for queries and keys: these are small, and their number is what costs.
         self.coord_proj = Float32Linear(config.coord_dim, own)
         if self.has_anchors:
@@ -95,9 +96,13 @@ class NGTAttention(nn.Module):
             own = own + self.anchor_proj(geometry.anchors)
         if self.reads_hidden:
             own = own + self.hidden_coord_proj(hidden)
-        sides = own.chunk(2, -1) if self.asymmetric else (own,)
-        sides = tuple(x.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for x in sides)
-        return HeadCoordinates(sides[0], sides[-1])
+        own = own.view(*own.shape[:2], self.heads + self.key_heads, -1).transpose(1, 2)
+        if not self.key_heads:
+            return HeadCoordinates(own, own)
+        queries, keys = own.split((self.heads, self.key_heads), 1)
+        if self.key_heads < self.heads:
+            keys = torch.cat([keys, queries[:, self.key_heads :]], 1)
+        return HeadCoordinates(queries, keys)
 
     def maps(self) -> Iterator[nn.Linear]:
         """To head coordinates."""

@@ -18,8 +18,8 @@ GRAVITY_SETTINGS = (
     *("law", "repulsive", "softening", "learn_softening", "initial_strength", "token_masses"),
     *("mass_in_value", "mass_exponent", "head_bias", "exclude_self", "coordinate_positions"),
     *("position_base", "content_coordinates", "anchor_coordinates", "hidden_head_coordinates"),
-    *("asymmetric", "shared_start", "mass_fading", "coordinate_source", "evolve_last_layer"),
-    *("cutoff", "initial_radius", "cutoff_width", "use_rsqrt"),
+    *("asymmetric", "shared_start", "symmetric_heads", "mass_fading", "coordinate_source"),
+    *("evolve_last_layer", "cutoff", "initial_radius", "cutoff_width", "use_rsqrt"),
 )
 
 _CHOICES = {
@@ -74,8 +74,9 @@ def _check_gravity(config: NGTConfig) -> None:
         _expect(not soft, "cutoff", "'none', 'hard' or 'log' beside law='power'", config.cutoff)
     else:
         _expect(config.mass_fading == 0, "mass_fading", "0 beside law='force'", config.mass_fading)
-    share = config.mass_fading
-    _expect(_is_finite(share) and 0 <= share <= 1, "mass_fading", "a share in [0, 1]", share)
+    for name in ("mass_fading", "symmetric_heads"):
+        share = getattr(config, name)
+        _expect(_is_finite(share) and 0 <= share <= 1, name, "a share in [0, 1]", share)
     radius = config.initial_radius
     _expect(_is_finite(radius), "initial_radius", "a finite number", radius)
     if config.mass_in_value:

@@ -91,7 +91,8 @@ class NGTPreTrainedModel(PreTrainedModel):
     def initialize_weights(self) -> None:
         """As in transformers; then the maps of keys that start as those of queries."""
         maps: list[nn.Linear] = []
-        if self.config.asymmetric and self.config.shared_start:
+        own = self.config.key_heads * self.config.head_coord_dim
+        if own and self.config.shared_start:
             layers = [m for m in self.modules() if isinstance(m, NGTAttention)]
             maps = [each for layer in layers for each in layer.maps()]
         fresh = [each for each in maps if not getattr(each, "_is_hf_initialized", False)]
@@ -99,8 +100,7 @@ class NGTPreTrainedModel(PreTrainedModel):
         weights = [weight for weight in weights if not getattr(weight, "_is_hf_initialized", False)]
         super().initialize_weights()
         for weight in weights:
-            queries, keys = weight.chunk(2)
-            keys.copy_(queries)
+            weight[-own:].copy_(weight[:own])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

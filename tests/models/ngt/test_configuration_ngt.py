@@ -143,10 +143,13 @@ def test_other_starts() -> None:
     expected = torch.tensor([math.sin(3.0), math.cos(3.0), math.sin(3 * 50 ** (-2 / 12))])
     torch.testing.assert_close(model.coord_emb.weight[3, :3], expected)
     for shared in (True, False):
-        maps = tiny(NGTModel, anchor_coordinates=True, shared_start=shared).layers[1].attn
+        settings = {"anchor_coordinates": True, "shared_start": shared, "num_attention_heads": 4}
+        maps = tiny(NGTModel, **settings).layers[1].attn
         weights = [weight for each in maps.maps() for weight in each.parameters()]
         assert len(weights) == 4
-        assert all(torch.equal(*weight.chunk(2)) == shared for weight in weights)
+        for weight in weights:
+            queries, keys = weight.split((4 * 16, 3 * 16))
+            assert torch.equal(queries[: 3 * 16], keys) == shared
     fading = tiny(NGTModel, num_attention_heads=4, mass_fading=0.5).layers[0].attn.gravity.fading
     torch.testing.assert_close(F.softplus(fading), torch.tensor([2.0**-6, 2.0**-8]))
     twin = tiny(NGTModel, "reference", attention="dot_product", initializer_range=0.5)
