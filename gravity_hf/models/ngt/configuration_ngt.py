@@ -172,7 +172,7 @@ class NGTConfig(PreTrainedConfig):
     hidden_head_coordinates: bool = True
     asymmetric: bool = True
     shared_start: bool = True
-    symmetric_heads: float | int = 0.25
+    symmetric_heads: float | int = 0.125
     mass_fading: float | int = 1.0
     coordinate_source: str = "attention"
     evolve_last_layer: bool = False
