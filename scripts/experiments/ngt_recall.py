@@ -29,7 +29,7 @@ VARIANTS = (
     "32 head coordinates",
     "symmetric",
     "no symmetric heads",
-    "half of the heads symmetric",
+    "one symmetric head",
     "no content",
     "NGT reference",
     "NGT fixed",

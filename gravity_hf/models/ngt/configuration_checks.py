@@ -74,9 +74,10 @@ def _check_gravity(config: NGTConfig) -> None:
         _expect(not soft, "cutoff", "'none', 'hard' or 'log' beside law='power'", config.cutoff)
     else:
         _expect(config.mass_fading == 0, "mass_fading", "0 beside law='force'", config.mass_fading)
-    for name in ("mass_fading", "symmetric_heads"):
-        share = getattr(config, name)
-        _expect(_is_finite(share) and 0 <= share <= 1, name, "a share in [0, 1]", share)
+    share = config.mass_fading
+    _expect(_is_finite(share) and 0 <= share <= 1, "mass_fading", "a share in [0, 1]", share)
+    count = config.symmetric_heads
+    _expect(count >= 0, "symmetric_heads", "an integer >= 0", count)
     radius = config.initial_radius
     _expect(_is_finite(radius), "initial_radius", "a finite number", radius)
     if config.mass_in_value:

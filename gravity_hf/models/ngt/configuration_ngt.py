@@ -31,7 +31,7 @@ _PUBLISHED: dict[str, Any] = {
     "anchor_coordinates": False,
     "hidden_head_coordinates": False,
     "asymmetric": False,
-    "symmetric_heads": 0.0,
+    "symmetric_heads": 0,
     "mass_fading": 0.0,
     "coordinate_source": "attention",
     "cutoff": "hard",
@@ -100,9 +100,9 @@ class NGTConfig(PreTrainedConfig):
         asymmetric: keys have maps to head coordinates of their own.
         shared_start: those start as copies of the queries' maps, so that a new model is symmetric:
             like tokens are near each other before anything is learned.
-        symmetric_heads: of an asymmetric model, the share of heads, rounded up, the last, whose
-            keys have the queries' maps for good: there like tokens stay near each other, so that
-            one is looked up by the other.
+        symmetric_heads: of an asymmetric model, in how many heads, the last ones and at most half
+            of all, keys have the queries' maps for good: there like tokens stay near each other,
+            so that one is looked up by the other.
         mass_fading: the share of heads, in whole ones, the last, whose masses fade with age: `l_h`
             nats for each position `t`; learned, starting at `2^(-8 (h + 1) / H)`, the slopes of
             ALiBi. In the others `l_h` is 0. Power law only.
@@ -172,7 +172,7 @@ class NGTConfig(PreTrainedConfig):
     hidden_head_coordinates: bool = True
     asymmetric: bool = True
     shared_start: bool = True
-    symmetric_heads: float | int = 0.125
+    symmetric_heads: int = 2
     mass_fading: float | int = 1.0
     coordinate_source: str = "attention"
     evolve_last_layer: bool = False
@@ -246,7 +246,7 @@ class NGTConfig(PreTrainedConfig):
         if self.is_twin or not self.asymmetric:
             return 0
         heads = self.num_attention_heads
-        return heads - math.ceil(self.symmetric_heads * heads)
+        return heads - min(self.symmetric_heads, heads // 2)
 
     @property
     def has_mass_exponent(self) -> bool:

@@ -148,8 +148,8 @@ def test_other_starts() -> None:
         weights = [weight for each in maps.maps() for weight in each.parameters()]
         assert len(weights) == 4
         for weight in weights:
-            queries, keys = weight.split((4 * 16, 3 * 16))
-            assert torch.equal(queries[: 3 * 16], keys) == shared
+            queries, keys = weight.split((4 * 16, 2 * 16))
+            assert torch.equal(queries[: 2 * 16], keys) == shared
     fading = tiny(NGTModel, num_attention_heads=4, mass_fading=0.5).layers[0].attn.gravity.fading
     torch.testing.assert_close(F.softplus(fading), torch.tensor([2.0**-6, 2.0**-8]))
     twin = tiny(NGTModel, "reference", attention="dot_product", initializer_range=0.5)

@@ -31,7 +31,7 @@ SWITCHES: list[tuple[str, dict[str, Any], set[str], set[str]]] = [
     ("v2", {"anchor_coordinates": True}, {"attn.anchor_proj.weight"}, set()),
     ("v2", {"hidden_head_coordinates": False}, set(), {"attn.hidden_coord_proj.weight"}),
     ("v2", {"asymmetric": False}, set(), set()),
-    ("v2", {"symmetric_heads": 0.0}, set(), set()),
+    ("v2", {"symmetric_heads": 0}, set(), set()),
     ("v2", {"mass_fading": 0.0}, set(), {"attn.gravity.fading"}),
     ("v2", {"coordinate_source": "hidden"}, {"coord_proj_hidden.weight"}, set()),
     ("v2", {"coordinate_source": "pre_attention"}, set(), set()),
