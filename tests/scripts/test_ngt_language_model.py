@@ -259,11 +259,11 @@ def test_committed_language_models_are_comparable() -> None:
 
 
 def test_committed_recall_keeps_the_promise() -> None:
-    """v2 recalls; the published law, blind to its own token, does not."""
+    """v2 recalls at every seed; the published law, blind to its own token, at none."""
     rows = [json.loads(x) for x in committed("ngt_recall.jsonl").read_text("utf-8").splitlines()]
     by = {
-        name: [x["accuracy"] for x in rows if x["variant"] == name]
-        for name in ("NGT v2", "NGT reference")
+        name: [x["accuracy"] for x in rows if x["variant"] == name and x["rate"] <= highest]
+        for name, highest in (("NGT v2", 1e-3), ("NGT reference", 1.0))
     }
-    assert len(by["NGT v2"]) >= 3 and max(by["NGT v2"]) >= 0.99
+    assert len(by["NGT v2"]) >= 10 and min(by["NGT v2"]) >= 0.99
     assert max(by["NGT reference"]) < 0.6
