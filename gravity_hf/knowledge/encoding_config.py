@@ -29,6 +29,9 @@ class EncodingConfig:
             left to measure with.
         training_unrelated: the same of its unrelated prompts.
         generic_prompts: everyday prompts added to the unrelated ones.
+        own_wordings: so many more wordings of its prompts are trained on, made by the encoder.
+        own_neighbours: so many prompts of the encoder's own, about other subjects and about the
+            same one, are added to the unrelated ones.
         seed: of the initial factors.
         budget_fraction: of the base's parameters that a fact may cost.
         batch_facts: trained at once: more are faster, and take more memory.
@@ -46,6 +49,8 @@ class EncodingConfig:
     training_paraphrases: int = 1
     training_unrelated: int = 1
     generic_prompts: int = 2
+    own_wordings: int = 0
+    own_neighbours: int = 0
     seed: int = 0
     budget_fraction: float = 2e-4
     batch_facts: int = 16
@@ -58,7 +63,9 @@ class EncodingConfig:
                 object.__setattr__(self, name, tuple(value))
         for name in ("rank", "steps", "batch_facts"):
             self._require(name, 1, whole=True)
-        for name in ("training_paraphrases", "training_unrelated", "generic_prompts", "seed"):
+        for name in ("training_paraphrases", "training_unrelated", "generic_prompts"):
+            self._require(name, 0, whole=True)
+        for name in ("own_wordings", "own_neighbours", "seed"):
             self._require(name, 0, whole=True)
         for name in ("locality", "norm_penalty"):
             self._require(name, 0)

@@ -17,7 +17,7 @@ from ..layers.modes import in_evaluation
 from .bank import DeltaBank
 from .delta import LowRankDelta
 from .encoding_config import EncodingConfig
-from .encoding_rows import training_prompts
+from .encoding_rows import answered_prompts
 from .errors import ValidationError
 from .fact_tokens import answer_ids, prompt_ids
 from .facts import Fact
@@ -94,7 +94,7 @@ def _texts(tokenizer: Any, facts: Sequence[Fact], config: EncodingConfig) -> Tex
     rows = [
         [*prompt_ids(tokenizer, prompt), *answer_ids(tokenizer, prompt, fact.answer)]
         for fact in facts
-        for prompt in training_prompts(fact, config)
+        for prompt in answered_prompts(fact, config)
     ]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])

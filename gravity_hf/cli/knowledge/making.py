@@ -37,6 +37,12 @@ def create(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of training, at most.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
+    own_wordings: Annotated[
+        int | None, typer.Option(min=0, help="More wordings that are trained on, 4 say.")
+    ] = None,
+    own_neighbours: Annotated[
+        int | None, typer.Option(min=0, help="More prompts that must not change, 5 say.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the first factors.")] = None,
     budget: Annotated[
         float | None,
@@ -62,6 +68,8 @@ def create(
         "targets": tuple(targets) if targets else None,
         "steps": steps,
         "learning_rate": learning_rate,
+        "own_wordings": own_wordings,
+        "own_neighbours": own_neighbours,
         "seed": seed,
         "budget_fraction": budget,
     }
