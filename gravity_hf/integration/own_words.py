@@ -76,7 +76,8 @@ def _coordinates(config: PreTrainedConfig) -> str:
     parts += ["the hidden state in every layer"] if config.hidden_head_coordinates else []
     began = " that began as copies" if config.shared_start else ""
     own = config.key_heads
-    where = f" in the first {own} heads" if own < config.num_attention_heads else ""
+    first = "head" if own == 1 else f"{own} heads"
+    where = f" in the first {first}" if own < config.num_attention_heads else ""
     maps = f", keys{where} by maps of their own{began}" if own else ""
     return (
         f"{config.coord_dim} coordinates, {config.head_coord_dim} in each head, of "

@@ -83,6 +83,7 @@ def test_a_saved_config_is_read_as_it_was(tmp_path: Any) -> None:
         ({"softening": 0.0, "learn_softening": False}, "softening: .* >= 1e-06, got 0.0"),
         ({"law": "force"}, "mass_fading: expected 0 beside law='force', got 1.0"),
         ({"mass_fading": 1.5}, r"mass_fading: expected a share in \[0, 1\], got 1.5"),
+        ({"symmetric_heads": -1}, "symmetric_heads: expected an integer >= 0, got -1"),
         ({"law": "cubic"}, "law: expected one of"),
         ({"coordinate_source": "mlp"}, "coordinate_source: expected one of"),
         ({"hidden_size": 30}, "hidden_size: expected a multiple of num_attention_heads"),

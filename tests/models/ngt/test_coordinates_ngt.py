@@ -109,6 +109,22 @@ def test_place_survives_motion_through_anchors() -> None:
     torch.testing.assert_close(moved - own, change.expand_as(own), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("wanted", "symmetric"), [(0, 0), (1, 1), (2, 2), (99, 2)])
+@torch.no_grad()
+def test_in_the_last_heads_keys_are_where_queries_are(wanted: int, symmetric: int) -> None:
+    """At most in half of them; in the others once their maps have moved apart."""
+    model = tiny(NGTModel, num_attention_heads=4, symmetric_heads=wanted, shared_start=False)
+    attention = model.layers[0].attn
+    seen: list[Any] = []
+    attention.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(IDS)
+    queries, keys = attention.head_coordinates(*seen[0][:2])
+    assert queries.shape == keys.shape == (2, 4, 9, 16)
+    same = [torch.equal(queries[:, head], keys[:, head]) for head in range(4)]
+    assert same == [False] * (4 - symmetric) + [True] * symmetric
+    assert attention.coord_proj.out_features == (4 + 4 - symmetric) * 16
+
+
 def test_masses_belong_to_token_types() -> None:
     model = tiny(NGTModel)
     masses = model(IDS, output_coordinates=True).masses
