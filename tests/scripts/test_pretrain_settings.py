@@ -46,7 +46,7 @@ def shape(settings, *flags):
 @pytest.mark.parametrize(
     ("flags", "parameters", "is_twin"),
     [
-        ((), 25_624_128, False),
+        ((), 25_476_416, False),
         (
             ("--preset", "reference", "--overrides", "intermediate_size=2048"),
             25_591_432,
