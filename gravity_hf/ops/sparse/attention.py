@@ -57,10 +57,11 @@ def sparse_attention(
         dropout_p: probability of dropping a weight, applied whenever it is not 0.
         impl: `"reference"` (the definition), `"masked"` (dense, the selection as its mask),
             `"gathered"` (each query's keys), `"routed"` (each block's queries), `"flex"`,
-            `"triton"` (routed, on a GPU), `"fused"` (a few queries, their choice and attention in
-            two kernels, on a GPU, where it has not been timed), or `"auto"`: see
-            `choosing.choose_implementation`, which does not take `"fused"`. `"routed"` gathers
-            where dropout, an additive mask or one with holes leaves it no blocks.
+            `"triton"` (routed, on a GPU, its gradients too), `"fused"` (a few queries, their
+            choice and attention in two kernels, on a GPU, where it has not been timed), or
+            `"auto"`: see `choosing.choose_implementation`, which does not take `"fused"`, nor
+            `"triton"` for a gradient. `"routed"` gathers where dropout, an additive mask or one
+            with holes leaves it no blocks.
 
     Returns:
         `[B, H, Tq, Dv]` in the dtype of `v`. A query that sees no key gives zeros. Gradients reach

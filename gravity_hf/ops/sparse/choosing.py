@@ -38,11 +38,12 @@ def choose_implementation(
     as it at 4096. `KeyBudget.min_length` keeps shorter contexts dense.
 
     `fused`, which chooses and attends in two kernels, is for those who ask for it: it has not been
-    timed on a GPU. There `triton` does the work of the chosen pairs alone, without gradients; the
-    tiles of `flex` hold the choices of 128 queries together, which are most of a few thousand keys,
-    and it has gradients of dot products. Whatever neither serves, above all gradients of gravity,
-    is dense attention under the selection as a mask: the numbers are those of the chosen keys, time
-    and arithmetic those of all. `routed` starts thousands of small kernels there and waits for each
+    timed on a GPU. There `triton` does the work of the chosen pairs alone; its gradients are for
+    those who ask for it, too, as they have not been timed. The tiles of `flex` hold the choices of
+    128 queries together, which are most of a few thousand keys, and it has gradients of dot
+    products. Whatever neither serves, above all gradients of gravity, is dense attention under the
+    selection as a mask: the numbers are those of the chosen keys, time and arithmetic those of
+    all. `routed` starts thousands of small kernels there and waits for each
     head: a training step of gravity at 8192 tokens took 2.4 s with it, 8 ms with dense attention.
     """
     if is_exporting():
@@ -54,7 +55,8 @@ def choose_implementation(
         return "masked"
     if q.device.type == "cuda":
         call = (q, k, v, score, selection, dropout_p)
-        if budget.block_size >= THIN_BLOCK and routed_refusal(*call) is None:
+        gradient = needs_gradient(q, k, v, score)
+        if budget.block_size >= THIN_BLOCK and not gradient and routed_refusal(*call) is None:
             return "triton"
         if flex_refusal(*call) is None:
             return "flex"

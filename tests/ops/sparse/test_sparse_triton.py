@@ -81,12 +81,54 @@ def test_the_gradient_of_flex_is_that_of_the_definition():
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_gradient_is_refused():
-    q, k, v = (moved(x) for x in vectors(70))
-    with pytest.raises(ValueError, match="no gradient: call it under torch.no_grad"):
-        sparse_attention(
-            q.requires_grad_(), k, v, score=score_of("dot"), budget=budget(), impl="triton"
-        )
+def gradients(impl, score, tensors, mask=None):
+    """Of vectors and of the score's own tensors, and the output."""
+    leaves = [moved(x).requires_grad_() for x in tensors]
+    score = moved(score)
+    for x in score.tensors:
+        x.requires_grad_()
+    options = {"score": score, "budget": budget(), "impl": impl, "mask": moved(mask)}
+    output = sparse_attention(*leaves, **options)
+    weights = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output)
+    found = torch.autograd.grad((output * weights).sum(), [*leaves, *score.tensors])
+    return [x.detach().cpu() for x in (output, *found)]
+
+
+@pytest.mark.parametrize(
+    ("score", "mask", "dtype", "queries"),
+    [
+        ("force", "right", torch.float32, 70),
+        ("lifted", "holes", torch.bfloat16, 70),
+        ("power", "none", torch.bfloat16, 70),
+        ("dot", "left", torch.float16, 70),
+    ],
+    ids=str,
+)
+def test_gradients_are_within_budget_of_the_definition(score, mask, dtype, queries):
+    tensors = [x.to(dtype) for x in vectors(queries)]
+    score, mask = score_of(score), mask_of(mask, queries)
+    exact = gradients("reference", as_double(score), [x.double() for x in tensors], mask)
+    peer = gradients("reference", score, tensors, mask)
+    assert_gradients(gradients("triton", score, tensors, mask), exact, peer)
+
+
+def assert_gradients(actual, exact, peer):
+    names = ("output", "q", "k", "v", "mass", "softening", "radius")[: len(actual)]
+    for name, found, wanted, known in zip(names, actual, exact, peer, strict=True):
+        assert found.dtype == known.dtype and wanted.abs().max() > 0, name
+        assert_within_budget(name, found, wanted, known, factor=6.0)
+
+
+def test_gradients_repeat_to_the_last_bit_and_pass_by_what_is_hidden():
+    """Keys that are hidden have none."""
+    score, tensors, mask = score_of("power"), vectors(70), mask_of("left", 70)
+    actual, again = (gradients("triton", score, tensors, mask) for _ in range(2))
+    assert all(map(torch.equal, actual, again))
+    exact = gradients("reference", as_double(score), [x.double() for x in tensors], mask)
+    assert_gradients(actual, exact, gradients("reference", score, tensors, mask))
+    hidden = 150 // 4
+    for x in actual[2:4]:
+        assert (x[1, :, :hidden] == 0).all() and (x[1, :, hidden:] != 0).any()
 
 
 @pytest.mark.parametrize("mask", ["none", "left", "holes", "documents"])

@@ -40,9 +40,6 @@ def routed_refusal(
     refusal = triton_refusal(q.device, q.dtype, None, max(q.shape[3], v.shape[3]))
     if refusal is not None:
         return f"a call that triton serves ({refusal})"
-    tensors = (q, k, v, *score.tensors)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "no gradient: call it under torch.no_grad()"
     if dropout_p > 0:
         return f"dropout_p = 0, got {dropout_p}"
     allowed = selection.visible.allowed

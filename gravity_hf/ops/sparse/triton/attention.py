@@ -1,72 +1,212 @@
-"""The two kernels of routed attention, started."""
+"""The kernels of routed attention, started: two for the output, three for the gradient."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ...triton.problem import interpreted
+from ..masked import needs_gradient
 from ..scores import DotProduct, Score
 from ..selecting import Selection
+from .gradient_kernels import (
+    COUNT,
+    Terms,
+    block_gradient_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
 from .kernels import merge_kernel, tile_kernel
-from .routes import TILE, device_tiles
+from .routes import TILE, DeviceTiles, device_tiles
 
 _KEYS = 64
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What the kernels are told beside vectors and terms. first `[B, T]`, last `[B, Tq]`, origin
+    `[B]`: int32. allowed: bytes `[B, Tk]`. Nothing here has a gradient."""
+
+    law: str
+    selection: Selection
+    tiles: DeviceTiles
+    first: Tensor
+    last: Tensor
+    allowed: Tensor | None
+    origin: Tensor | None
+
+    @property
+    def blocks(self) -> int:
+        """To a batch row and key head."""
+        return -(-self.selection.visible.keys // self.selection.budget.block_size)
+
+    def constants(self, q: Tensor, v: Tensor, radius: Tensor | None) -> dict[str, Any]:
+        """Of all kernels."""
+        budget = self.selection.budget
+        return {
+            "GROUPS": q.shape[1] // v.shape[1],
+            "WINDOW": budget.window,
+            "SINKS": budget.sinks,
+            "WIDTH": q.shape[3],
+            "WIDTH_V": v.shape[3],
+            "WIDTH_PAD": _padded(q.shape[3]),
+            "WIDTH_V_PAD": _padded(v.shape[3]),
+            "LAW": self.law,
+            "LIFTED": radius is not None,
+            "HAS_ALLOWED": self.allowed is not None,
+            "NATIVE": not interpreted(),
+            "TILE": TILE,
+            "num_warps": 4,
+        }
+
+
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, score: Score, selection: Selection) -> Tensor:
-    """Forward only; shapes as in `sparse_attention`. Weights and parts are rounded to the dtype of
-    v, as in every fused kernel; everything between is float32. Memory beside the output is that of
-    the parts, `B H Tq N Dv`. Nothing waits for the device."""
-    batch, heads, queries, width = q.shape
-    key_heads, keys, width_v = v.shape[1:]
-    groups, budget, seen = heads // key_heads, selection.budget, selection.visible
+    """Shapes as in `sparse_attention`; first derivatives for q, k, v and the score's tensors.
+
+    Weights and parts are rounded to the dtype of v, as in every fused kernel; everything between is
+    float32, and so are all sums of a gradient. Memory beside the output is that of the parts,
+    `B H Tq N Dv`. Nothing waits for the device.
+    """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    tiles = device_tiles(selection, groups)
+    strength, softening, radius = _terms(q, score)
+    law = "dot" if isinstance(score, DotProduct) else score.law
+    call = _call(law, selection, q.shape[0], q.shape[1] // v.shape[1])
+    tensors = (q, k, v, strength, softening, radius)
+    if needs_gradient(q, k, v, score):
+        return _Routed.apply(*tensors, call)
+    return _forward(tensors, call, None)
+
+
+def _call(law: str, selection: Selection, batch: int, groups: int) -> Call:
+    seen = selection.visible
+    allowed, origin = seen.allowed, seen.origin
+    return Call(
+        law,
+        selection,
+        device_tiles(selection, groups),
+        seen.first.expand(batch, -1).to(torch.int32).contiguous(),
+        seen.last.expand(batch, seen.queries).to(torch.int32).contiguous(),
+        None if allowed is None else allowed[:, 0].expand(batch, seen.keys).contiguous().byte(),
+        None if origin is None else origin.expand(batch).to(torch.int32).contiguous(),
+    )
+
+
+class _Routed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, strength, softening, radius, call):
+        log_sums = q.new_empty(q.shape[:3], dtype=torch.float32)
+        out = _forward((q, k, v, strength, softening, radius), call, log_sums)
+        ctx.save_for_backward(q, k, v, strength, softening, radius, out, log_sums)
+        ctx.call = call
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        *tensors, out, log_sums = ctx.saved_tensors
+        return (*_backward(tuple(tensors), ctx.call, out, log_sums, grad), None)
+
+
+def _forward(tensors: tuple, call: Call, log_sums: Tensor | None) -> Tensor:
+    q, k, v, _, _, radius = tensors
+    batch, heads, queries, _ = q.shape
+    key_heads, keys, width_v = v.shape[1:]
+    budget, tiles = call.selection.budget, call.tiles
     outputs = v.new_empty(tiles.block.shape[0] * TILE, width_v)
     highest, sums = (v.new_empty(outputs.shape[0], dtype=torch.float32) for _ in range(2))
     out = v.new_empty(batch, heads, queries, width_v)
-    law = "dot" if isinstance(score, DotProduct) else score.law
-    strength, softening, radius = _terms(q, score)
-    first = seen.first.expand(batch, -1).to(torch.int32).contiguous()
-    last = seen.last.expand(batch, queries).to(torch.int32).contiguous()
-    allowed = seen.allowed
-    allowed = None if allowed is None else allowed[:, 0].expand(batch, keys).contiguous().byte()
-    origin = seen.origin
-    origin = None if origin is None else origin.expand(batch).to(torch.int32).contiguous()
-    blocks = -(-keys // budget.block_size)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    shared = {
-        "GROUPS": groups,
-        "WINDOW": budget.window,
-        "SINKS": budget.sinks,
-        "WIDTH": width,
-        "WIDTH_V": width_v,
-        "WIDTH_PAD": _padded(width),
-        "WIDTH_V_PAD": _padded(width_v),
-        "LAW": law,
-        "LIFTED": radius is not None,
-        "HAS_ALLOWED": allowed is not None,
-        "NATIVE": not interpreted(),
-        "TILE": TILE,
-        "num_warps": 4,
-    }
-    tensors = (q, k, v, strength, softening, radius)
-    parts = (outputs, highest, sums)
+    strides, shared = _strides(q, k, v), call.constants(q, v, radius)
+    parts, first = (outputs, highest, sums), call.first
     with torch.cuda.device_of(q):
         tile_kernel[(tiles.block.shape[0],)](
-            *tensors, tiles.rows, tiles.block, first, last, allowed, origin, *parts, *strides,
-            queries, keys, blocks, batch * key_heads * blocks, key_heads, first.shape[1],
-            SIZE=budget.block_size, HAS_ORIGIN=origin is not None,
+            *tensors, tiles.rows, tiles.block, first, call.last, call.allowed, call.origin, *parts,
+            *strides, queries, keys, call.blocks, batch * key_heads * call.blocks, key_heads,
+            first.shape[1], SIZE=budget.block_size, HAS_ORIGIN=call.origin is not None,
             BLOCK_N=_padded(budget.block_size), **shared,
         )  # fmt: skip
-        merge_kernel[(triton.cdiv(queries * groups, TILE), batch * key_heads)](
-            *tensors, tiles.places, first, last, allowed, *parts, out, *strides, queries, keys,
-            key_heads, first.shape[1], tiles.places.shape[3], BLOCK_N=_KEYS,
-            BLOCK_S=_padded(budget.sinks), **shared,
+        merge_kernel[(triton.cdiv(queries * (heads // key_heads), TILE), batch * key_heads)](
+            *tensors, tiles.places, first, call.last, call.allowed, *parts, out, log_sums,
+            *strides, queries, keys, key_heads, first.shape[1], tiles.places.shape[3],
+            BLOCK_N=_KEYS, BLOCK_S=_padded(budget.sinks), **shared,
         )  # fmt: skip
     return out
+
+
+def _backward(
+    tensors: tuple, call: Call, out: Tensor, log_sums: Tensor, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of the six tensors."""
+    q, k, v, _, _, radius = tensors
+    batch, heads, queries, width = q.shape
+    key_heads, keys, width_v = v.shape[1:]
+    groups, budget, tiles = heads // key_heads, call.selection.budget, call.tiles
+    single = {"dtype": torch.float32, "device": q.device}
+    grad = grad.contiguous()
+    shift = (grad.float() * out.float()).sum(-1)
+    given = (grad, log_sums, shift)
+    places = tiles.block.shape[0] * TILE
+    part_q, part_terms = (torch.empty(places, size, **single) for size in (width, COUNT))
+    grad_q, terms = (torch.empty(*q.shape[:3], size, **single) for size in (width, COUNT))
+    # Where keys before the first block are in no block.
+    new = torch.empty if call.origin is None else torch.zeros
+    grad_k = new(batch, key_heads, keys, width, **single)
+    grad_v = new(batch, key_heads, keys, width_v, **single)
+    first, last, allowed = call.first, call.last, call.allowed
+    strides, shared = _strides(q, k, v), call.constants(q, v, radius)
+    ends = _ends(call, groups)
+    with torch.cuda.device_of(q):
+        block_gradient_kernel[(batch * key_heads * call.blocks,)](
+            *tensors, *given, tiles.rows, tiles.edges, first, last, allowed, call.origin, part_q,
+            part_terms, grad_k, grad_v, *strides, queries, keys, call.blocks, key_heads,
+            first.shape[1], SIZE=budget.block_size, HAS_ORIGIN=call.origin is not None,
+            BLOCK_N=_padded(budget.block_size), COUNT=COUNT, **shared,
+        )  # fmt: skip
+        query_gradient_kernel[(triton.cdiv(queries * groups, TILE), batch * key_heads)](
+            *tensors, *given, tiles.places, first, last, allowed, part_q, part_terms, grad_q,
+            terms, *strides, queries, keys, key_heads, first.shape[1], tiles.places.shape[3],
+            BLOCK_N=_KEYS, BLOCK_S=_padded(budget.sinks), COUNT=COUNT, **shared,
+        )  # fmt: skip
+        key_gradient_kernel[(triton.cdiv(keys, _KEYS), batch * key_heads)](
+            *tensors, *given, first, last, allowed, ends, grad_k, grad_v, *strides, queries, keys,
+            key_heads, first.shape[1], ends.shape[2], batch * ends.shape[2], BLOCK_N=_KEYS,
+            COUNT=COUNT, **shared,
+        )  # fmt: skip
+    vectors = (grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype))
+    if call.law == "dot":
+        return (*vectors, None, None, None)
+    by_row = Terms(*terms.unbind(-1)[: len(Terms._fields)]).mended(shift)
+    of_strength, of_softening, of_radius = (x.sum((0, 2)) for x in by_row)
+    of_radius = None if radius is None else of_radius.view(key_heads, groups).sum(1)
+    return (*vectors, of_strength, of_softening, of_radius)
+
+
+def _ends(call: Call, groups: int) -> Tensor:
+    """Int32 `[4, B, tiles]`: of `TILE` rows each the lowest and the highest key of their windows,
+    and of their sinks; none where nobody sees anything."""
+    budget, keys = call.selection.budget, call.selection.visible.keys
+    last = call.last
+    first = call.first.expand(last.shape)
+    nothing = last < 0
+    low = torch.maximum(first, last - budget.window + 1).masked_fill(nothing, keys)
+    sinks = torch.minimum(first + budget.sinks - 1, last - budget.window)
+    tops = (last, sinks.masked_fill(nothing, -1))
+    missing = -last.shape[1] * groups % TILE
+
+    def tiled(x: Tensor, empty: int) -> Tensor:
+        rows = torch.nn.functional.pad(x.repeat_interleave(groups, 1), (0, missing), value=empty)
+        return rows.unflatten(1, (-1, TILE))
+
+    lows = [tiled(x, keys).amin(2) for x in (low, first.masked_fill(nothing, keys))]
+    highs = [tiled(x, -1).amax(2) for x in tops]
+    return torch.stack([lows[0], highs[0], lows[1], highs[1]]).to(torch.int32).contiguous()
+
+
+def _strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    return (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
 
 
 def _terms(q: Tensor, score: Score) -> tuple[Tensor, Tensor | None, Tensor | None]:

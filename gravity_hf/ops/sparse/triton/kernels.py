@@ -169,14 +169,16 @@ def add_keys(
 @triton.jit
 def merge_kernel(
     q, k, v, strength, softening, radius, places, first, last, allowed, outputs, highest, sums,
-    out, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh,
-    stride_vt, queries, keys, key_heads, first_rows, choices, GROUPS: tl.constexpr,
+    out, log_sums, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb,
+    stride_vh, stride_vt, queries, keys, key_heads, first_rows, choices, GROUPS: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program: `TILE` rows of a batch row and key head. out `[B, G * GROUPS, Tq, Dv]`."""
+    """Program: `TILE` rows of a batch row and key head. out `[B, G * GROUPS, Tq, Dv]`; log_sums
+    `[B, G * GROUPS, Tq]`, the logarithms of the sums of weights, infinite where a row sees
+    nothing; None: nobody asks."""
     head_of_batch = tl.program_id(1)
     batch = (head_of_batch // key_heads).to(tl.int64)
     head = head_of_batch % key_heads
@@ -235,3 +237,6 @@ def merge_kernel(
     heads = head_of_batch.to(tl.int64) * GROUPS + rows % GROUPS
     at = (heads * queries + time)[:, None] * WIDTH_V + column[None, :]
     tl.store(out + at, output.to(out.dtype.element_ty), mask=alive[:, None] & wide)
+    if log_sums is not None:
+        log_sum = tl.where(total == 0.0, float("inf"), top + tl.log(total))
+        tl.store(log_sums + heads * queries + time, log_sum, mask=alive)
