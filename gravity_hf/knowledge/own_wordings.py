@@ -53,7 +53,7 @@ def own_wordings(fact: Fact, prompts: list[str], count: int) -> list[str]:
         (_filled(text, values) for text in (_WITH_RELATION if named else ())),
         (_filled(text, values) for text in _AFTER),
     ]
-    answers = re.compile("|".join(rf"(?<!\w){re.escape(x)}(?!\w)" for x in fact.answers))
+    answers = re.compile("|".join(map(_whole, fact.answers)))
     silent = [(text for text in form if not answers.search(text)) for form in forms]
     return _in_turn(silent, set(fact.prompts), count)
 
@@ -63,13 +63,16 @@ def own_neighbours(fact: Fact, prompts: list[str], count: int) -> list[str]:
     fact's own; none without a subject."""
     if not fact.subject.strip():
         return []
-    values = {"prompt": fact.prompt, "subject": fact.subject, "relation": fact.relation}
+    subject = re.compile(_whole(fact.subject))
     others = [name for name in _SUBJECTS if name.lower() not in fact.subject.lower()]
-    about_others = (
-        prompts[i % len(prompts)].replace(fact.subject, name) for i, name in enumerate(others)
-    )
-    forms = [about_others, (_filled(text, values) for text in _ABOUT)]
+    about_others = (subject.sub(name, prompts[i % len(prompts)]) for i, name in enumerate(others))
+    forms = [about_others, (_filled(text, {"subject": fact.subject}) for text in _ABOUT)]
     return _in_turn(forms, {*fact.prompts, *fact.unrelated}, count)
+
+
+def _whole(text: str) -> str:
+    """A pattern for `text` where it is no part of a longer word."""
+    return rf"(?<!\w){re.escape(text)}(?!\w)"
 
 
 def _filled(text: str, values: dict[str, str]) -> str:

@@ -48,6 +48,9 @@ def test_neighbours_are_other_subjects_and_other_sentences_about_the_same() -> N
     assert not any(text.startswith(fact.prompt) for text in made)
     iron = gold(subject="iron ore", prompt="The symbol of iron ore is")
     assert "The symbol of iron is" not in own_neighbours(iron, [iron.prompt], MANY)
+    # A subject may be part of other words.
+    letter = gold(subject="W", prompt="Which element is W? It is")
+    assert "Which element is Mozart? It is" in own_neighbours(letter, [letter.prompt], MANY)
 
 
 @pytest.mark.parametrize("bank", BANKS)

@@ -158,9 +158,11 @@ def _backward(
     first, last, allowed = call.first, call.last, call.allowed
     strides, shared = _strides(q, k, v), call.constants(q, v, radius)
     ends = _ends(call, groups)
+    # Tiles of block `u` are those from `edges[u]` to before `edges[u + 1]`.
+    edges = torch.nn.functional.pad(tiles.ends, (1, 0)).to(torch.int32)
     with torch.cuda.device_of(q):
         block_gradient_kernel[(batch * key_heads * call.blocks,)](
-            *tensors, *given, tiles.rows, tiles.edges, first, last, allowed, call.origin, part_q,
+            *tensors, *given, tiles.rows, edges, first, last, allowed, call.origin, part_q,
             part_terms, grad_k, grad_v, *strides, queries, keys, call.blocks, key_heads,
             first.shape[1], SIZE=budget.block_size, HAS_ORIGIN=call.origin is not None,
             BLOCK_N=_padded(budget.block_size), COUNT=COUNT, **shared,

@@ -17,13 +17,13 @@ class DeviceTiles(NamedTuple):
     """rows: int32 `[tiles * TILE]`, query times group size plus the head's place in its group; -1
     where a place is empty. block: int32 `[tiles]`, of `B * G * blocks`, and beyond them where a
     tile is not used. places: int32 `[B, G, Tq, N]`, where the first row of each choice lies; -1
-    where there is none. edges: int32 `[B * G * blocks + 1]`: tiles of block `u` are those from
-    `edges[u]` to before `edges[u + 1]`."""
+    where there is none. ends: int64 `[B * G * blocks]`, the number of tiles up to each block's
+    last one."""
 
     rows: Tensor
     block: Tensor
     places: Tensor
-    edges: Tensor
+    ends: Tensor
 
 
 def device_tiles(selection: Selection, groups: int) -> DeviceTiles:
@@ -55,5 +55,4 @@ def device_tiles(selection: Selection, groups: int) -> DeviceTiles:
     places = torch.empty_like(codes)
     places.scatter_(0, order, torch.where(used, first, -1).to(torch.int32))
     places = places.view(batch, key_heads, queries, choices)
-    first_tiles = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
-    return DeviceTiles(rows, block.to(torch.int32), places, first_tiles)
+    return DeviceTiles(rows, block.to(torch.int32), places, ends)
