@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from gravity_hf.ops.triton.forward import forward  # noqa: E402
+from gravity_hf.ops.triton.forward import SAVED, forward  # noqa: E402
 from gravity_hf.ops.triton.gradients import gather_inputs  # noqa: E402
 from gravity_hf.ops.triton.key_gradients import key_gradients  # noqa: E402
 from gravity_hf.ops.triton.problem import Problem  # noqa: E402
@@ -64,6 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--ngt", action="store_true", help="NGT's call: float32 coordinates 16 wide, power law, "
         "token masses, the token itself excluded"
     )  # fmt: skip
+    parser.add_argument("--dropout", type=float, default=0.0, help="of attention weights")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=2)
@@ -99,13 +100,17 @@ def make_problem(options: argparse.Namespace) -> Problem:
         masses = torch.rand(q.shape[:3], device="cuda")
         terms = {"key_term": masses, "law": "power", "exclude_self": True}
         problem = replace(problem, q=q, k=k, **terms)
+    if options.dropout > 0:
+        seed = torch.zeros(1, dtype=torch.int64, device="cuda")
+        problem = replace(problem, seed=seed, dropout_p=options.dropout)
     return problem
 
 
 def prepare(problem: Problem) -> Callable[[Job], Callable[[], Any]]:
     """What a job times."""
     padded = -(-problem.queries // 4) * 4
-    saved = torch.empty(3, problem.batch, problem.heads, padded, device="cuda")
+    planes = SAVED + (problem.dropout_p > 0)
+    saved = torch.empty(planes, problem.batch, problem.heads, padded, device="cuda")
     out, norms = forward(problem, saved)
     inputs = gather_inputs(problem, out, saved, torch.randn_like(out), norms)
 
