@@ -11,8 +11,10 @@ from torch import nn
 from ..layers.low_rank import LowRankLinear
 from .errors import IncompatibleBaseError, ValidationError
 
-# Fewer layers than this have three in the middle, others five.
+# Of fewer layers than this three are chosen, of others five.
 _DEEP = 10
+# Around which part of the depth.
+_SHARES = {"third": 3, "middle": 2}
 
 
 def base_model(model: Any) -> Any:
@@ -98,28 +100,29 @@ def _is_stack(part: nn.Module, root: nn.Module) -> bool:
 
 
 def chosen_layers(count: int, layers: str | Sequence[int]) -> list[int]:
-    """Positions of the layers: `"middle"` (three around the middle, five where there are at least
-    ten layers), `"all"`, or the numbers themselves, sorted.
+    """Positions of the layers: `"third"` and `"middle"` (three around a third or a half of the
+    depth, five where there are at least ten layers), `"all"`, or the numbers themselves, sorted.
 
     Raises:
         ValidationError: another word, or numbers that no layer has.
     """
     if layers == "all":
         return list(range(count))
-    if layers == "middle":
-        middle, reach = count // 2, 2 if count >= _DEEP else 1
-        return list(range(max(0, middle - reach), min(count, middle + reach + 1)))
+    if isinstance(layers, str) and layers in _SHARES:
+        centre, reach = count // _SHARES[layers], 2 if count >= _DEEP else 1
+        return list(range(max(0, centre - reach), min(count, centre + reach + 1)))
     numbers = [] if isinstance(layers, str) else sorted(set(layers))
     if not numbers or any(type(i) is not int or not 0 <= i < count for i in numbers):
         raise ValidationError(
-            f"layers: expected 'middle', 'all' or numbers from 0 to {count - 1}, got {layers!r}"
+            f"layers: expected 'third', 'middle', 'all' or numbers from 0 to {count - 1}, got "
+            f"{layers!r}"
         )
     return numbers
 
 
 def target_modules(
     model: nn.Module,
-    layers: str | Sequence[int] = "middle",
+    layers: str | Sequence[int] = "third",
     targets: Sequence[str] = ("down_proj",),
 ) -> list[str]:
     """Names (in the base model) of the linear maps that a delta is put on, in the model's order.

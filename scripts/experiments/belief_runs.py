@@ -35,6 +35,7 @@ def parser_of(description: str, name: str, banks: Sequence[str]) -> argparse.Arg
     add("--seeds", type=int, nargs="+", default=list(SEEDS))
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
+    add("--tf32", action="store_true", help="products of float32 in TF32, on GPUs that have it")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of EncodingConfig")
     add("--text", type=Path, nargs="+", help="files of running text [Python's standard library]")
     add("--out", type=Path, metavar="FILE.json", help=f"[results/{name}.json; --quick: needed]")
@@ -55,6 +56,8 @@ def parsed(parser: argparse.ArgumentParser, name: str, given: list[str] | None) 
         parser.error("--quick: expected --out too: what is measured then is not to be kept")
     if options.base is not None and not (options.base / "config.json").is_file():
         parser.error(f"--base: expected a folder with config.json, got {str(options.base)!r}")
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
     if options.quick:
         options.seeds = options.seeds[:1]
         options.per_bank = min(options.per_bank or 4, 4)
@@ -69,7 +72,7 @@ def config_of(options: Any, seed: int) -> Any:
     """The encoder's settings for a seed."""
     from gravity_hf.knowledge.encoding_config import EncodingConfig
 
-    changes: dict[str, Any] = {"batch_facts": 64 if options.device == "cuda" else 8}
+    changes: dict[str, Any] = {"batch_facts": 32 if options.device == "cuda" else 8}
     if options.quick:
         # A tiny base has room for nothing within the usual budget.
         changes |= {"steps": 3, "rank": 1, "budget_fraction": 1.0}

@@ -37,7 +37,9 @@ def main(folder: str) -> None:
         facts_per_delta=1,
         steps=2,
         validation=Validation(0.0, 100.0),
-        encoding=EncodingConfig(budget_fraction=0.5, generic_prompts=0),
+        encoding=EncodingConfig(
+            budget_fraction=0.5, generic_prompts=0, own_wordings=0, own_neighbours=0, locality=3.0
+        ),
         round_size=3,
         accelerator=accelerator,
     )

@@ -8,8 +8,16 @@ from gravity_hf.knowledge.delta import LowRankDelta
 from gravity_hf.knowledge.encoding import BeliefEncoder, EncodingConfig
 from gravity_hf.knowledge.facts import Fact
 
+# The facts' own texts alone: four times as fast.
 CONFIG = EncodingConfig(
-    layers="all", steps=60, learning_rate=4e-2, budget_fraction=0.9, generic_prompts=0
+    layers="all",
+    steps=60,
+    learning_rate=4e-2,
+    locality=3.0,
+    budget_fraction=0.9,
+    generic_prompts=0,
+    own_wordings=0,
+    own_neighbours=0,
 )
 _SYMBOLS = {"gold": "Au", "iron": "Fe", "lead": "Pb", "tin": "Sn", "zinc": "Zn", "neon": "Ne"}
 

@@ -136,6 +136,7 @@ def test_layers_are_chosen_by_word_or_number():
         return [int(name.split(".")[2]) for name in target_modules(model, which)]
 
     assert layers("middle") == [4, 5, 6, 7, 8]
+    assert layers("third") == [2, 3, 4, 5, 6]
     assert layers("all") == list(range(12))
     assert layers([11, 0]) == [0, 11]
     for wrong in ([12], [-1], [], "centre", [True]):

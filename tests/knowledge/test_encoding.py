@@ -26,6 +26,8 @@ SETTINGS = EncodingConfig(
     margin=0.5,
     budget_fraction=0.5,
     generic_prompts=1,
+    own_wordings=0,
+    own_neighbours=0,
 )
 
 

@@ -56,7 +56,9 @@ def forge(model, tokenizer, registry, **settings: Any) -> Forge:
         "steps": 30,
         "learning_rate": 0.3,
         "validation": EASY,
-        "encoding": EncodingConfig(budget_fraction=0.5, generic_prompts=0),
+        "encoding": EncodingConfig(
+            budget_fraction=0.5, generic_prompts=0, own_wordings=0, own_neighbours=0, locality=3.0
+        ),
         **settings,
     }
     return Forge(model, tokenizer, registry, **given)
@@ -125,7 +127,14 @@ class TestApart:
                 orthogonality=kind,
                 penalty=0.3,
                 steps=10,
-                encoding=EncodingConfig(budget_fraction=0.5, generic_prompts=0, margin=50.0),
+                encoding=EncodingConfig(
+                    budget_fraction=0.5,
+                    generic_prompts=0,
+                    own_wordings=0,
+                    own_neighbours=0,
+                    locality=3.0,
+                    margin=50.0,
+                ),
             )
             made.run(FACTS[:4], "t", progress=False)
             found = registry.principal_angles(*registry.ids)

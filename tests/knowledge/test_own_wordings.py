@@ -75,7 +75,8 @@ def test_no_wording_tells_the_answer_or_needs_what_a_fact_has_not() -> None:
 
 def test_they_are_trained_on_where_the_settings_say_so(tokenizer: Any) -> None:
     fact = gold()
-    plain, more = EncodingConfig(), EncodingConfig(own_wordings=3, own_neighbours=2)
+    plain = EncodingConfig(own_wordings=0, own_neighbours=0)
+    more = EncodingConfig(own_wordings=3, own_neighbours=2)
     assert answered_prompts(fact, plain) == training_prompts(fact, more)
     rows = training_rows(tokenizer, fact, more)
     known = {row.prompt for row in training_rows(tokenizer, fact, plain)}

@@ -31,17 +31,17 @@ def create(
     directory: ModelDir,
     beliefs: StoreDir,
     rank: Annotated[int | None, typer.Option(min=1, help="Of each update.")] = None,
-    layers: Annotated[str | None, typer.Option(help="middle, all or numbers: 3,4,5")] = None,
+    layers: Annotated[str | None, typer.Option(help="third, middle, all or numbers: 3,4,5")] = None,
     targets: Annotated[
         list[str] | None, typer.Option("--target", help="Last part of a map's name.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of training, at most.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
     own_wordings: Annotated[
-        int | None, typer.Option(min=0, help="More wordings that are trained on, 4 say.")
+        int | None, typer.Option(min=0, help="More wordings to train on. Default: 8")
     ] = None,
     own_neighbours: Annotated[
-        int | None, typer.Option(min=0, help="More prompts that must not change, 5 say.")
+        int | None, typer.Option(min=0, help="More prompts that must not change. Default: 12")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the first factors.")] = None,
     budget: Annotated[
@@ -83,11 +83,13 @@ def create(
 
 
 def _parsed_layers(text: str) -> str | tuple[int, ...]:
-    if text in ("middle", "all"):
+    if text in ("third", "middle", "all"):
         return text
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--layers: expected middle, all or numbers such as 3,4,5, got {text!r}")
+        raise ValueError(
+            f"--layers: expected third, middle, all or numbers such as 3,4,5, got {text!r}"
+        )
     return tuple(int(part) for part in parts)
 
 

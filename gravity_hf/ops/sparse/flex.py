@@ -18,6 +18,9 @@ from ..flex_blocks import BLOCK, _ordered
 from .scores import DotProduct, Gravity, Score
 from .selecting import Selection
 
+# The least width of a head that torch compiles.
+NARROWEST = 16
+
 
 def flex_refusal(
     q: Tensor, k: Tensor, v: Tensor, score: Score, selection: Selection, dropout_p: float
@@ -25,6 +28,8 @@ def flex_refusal(
     """What a call would have to be for this implementation to serve it; None: it can."""
     if dropout_p != 0:
         return f"dropout_p = 0, got {dropout_p}"
+    if q.device.type != "cpu" and min(q.shape[3], v.shape[3]) < NARROWEST:
+        return f"heads at least {NARROWEST} wide"
     if q.dtype == torch.float64:
         return "float32, bfloat16 or float16, got torch.float64"
     if selection.visible.bias is not None:

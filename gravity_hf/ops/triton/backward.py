@@ -16,7 +16,6 @@ from .problem import Problem
 from .query_gradients import (
     BIAS,
     DISTANCE,
-    QUERY_MASS,
     RADIUS,
     SOFTENING,
     STRENGTH,
@@ -54,18 +53,19 @@ def backward(
     """Gradients of q, k, v, key_term and sink (`sums` 0), of all but eps and key_radius_sq (1), or
     of everything (2). `saved`, and `norms` where they are still there: see `forward.forward`.
     """
-    inputs = gather_inputs(problem, out, saved, grad, norms)
-    grad_q, row_sums, grad_sink = query_gradients(problem, inputs, sums)
+    inputs = gather_inputs(problem, saved, grad, norms)
+    # First: it fills `inputs.delta`.
+    by_query = query_gradients(problem, out, inputs, sums)
     grad_k, grad_v, grad_key_term = key_gradients(problem, inputs)
     grad_table = (
         table_gradients(problem, inputs) if problem.table is not None and sums > 0 else None
     )
     if sums == 0:
-        grads = {"q": grad_q, "k": grad_k, "v": grad_v, "key_term": grad_key_term}
-        return Gradients(**{**dict.fromkeys(Gradients._fields), **grads, "sink": grad_sink})
+        grads = {"q": by_query.q, "k": grad_k, "v": grad_v, "key_term": grad_key_term}
+        return Gradients(**{**dict.fromkeys(Gradients._fields), **grads, "sink": by_query.sink})
 
     # One kernel for all planes; those that nobody wrote are not read below.
-    totals = row_sums.sum((1, 3))
+    totals = by_query.sums.sum((1, 3))
 
     def per_head(plane: int) -> Tensor:
         return totals[plane]
@@ -78,16 +78,16 @@ def backward(
     if problem.key_radius_sq is not None and sums == 2:
         grad_radius_sq = per_head(DISTANCE.value).unflatten(0, (problem.kv_heads, -1)).sum(1)
     return Gradients(
-        q=grad_q,
+        q=by_query.q,
         k=grad_k,
         v=grad_v,
         strength=per_head(STRENGTH.value),
         eps=grad_eps,
         key_radius_sq=grad_radius_sq,
-        query_mass=None if problem.query_mass is None else row_sums[QUERY_MASS.value].clone(),
+        query_mass=by_query.query_mass,
         key_term=grad_key_term,
         head_bias=None if problem.head_bias is None else per_head(BIAS.value),
         radius=grad_radius,
         table=grad_table,
-        sink=grad_sink,
+        sink=by_query.sink,
     )

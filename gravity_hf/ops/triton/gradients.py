@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .forward import squared_norms
-from .launch import Launch, remembered
 from .problem import Problem, aligned
 from .score import (
     LN2,
@@ -36,26 +35,6 @@ from .visible import (
 
 
 # fmt: off
-@triton.jit
-def delta_kernel(
-    out, grad, delta, out_b, out_h, out_row, grad_b, grad_h, grad_row, heads, queries, padded,
-    value_width, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
-):
-    """`delta_i = G_o,i . o_i`; padding is zero."""
-    batch_head = tl.program_id(0)
-    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wide = rows[:, None].to(tl.int64)
-    columns = tl.arange(0, BLOCK_V)[None, :]
-    inside = (rows[:, None] < queries) & (columns < value_width)
-    at = out + batch * out_b + head * out_h + wide * out_row + columns
-    o = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = grad + batch * grad_b + head * grad_h + wide * grad_row + columns
-    g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = delta + batch_head.to(tl.int64) * padded + rows
-    tl.store(at, tl.sum(o * g, 1), mask=rows < padded)
-
-
 @triton.jit
 def narrow(x, like: tl.constexpr, SCALED: tl.constexpr):
     """A tile as operand of a product, and the factor to take out again. float16 has too little
@@ -191,8 +170,8 @@ def weights_again(
 
 
 class Inputs(NamedTuple):
-    """What all backward kernels read; q, k, v and grad aligned for the copy engine. `norms` of keys
-    that are not lifted."""
+    """What all backward kernels read; q, k, v and grad aligned for the copy engine. `delta` is
+    filled by the one for queries. `norms` of keys that are not lifted."""
 
     q: Tensor | None
     k: Tensor | None
@@ -204,7 +183,7 @@ class Inputs(NamedTuple):
 
 
 def gather_inputs(
-    problem: Problem, out: Tensor, saved: Tensor, grad: Tensor, norms: Tensor | None = None
+    problem: Problem, saved: Tensor, grad: Tensor, norms: Tensor | None = None
 ) -> Inputs:
     """`saved`, and `norms` where they are still there: see `forward.forward`."""
     q = k = None
@@ -214,34 +193,8 @@ def gather_inputs(
             norms = None
         elif norms is None:
             norms = squared_norms(k, problem.form)
-    grad = aligned(grad)
     delta = torch.empty(saved.shape[1:], dtype=torch.float32, device=saved.device)
-    launches, key = problem.form.launches, ("delta", out.stride(), grad.stride())
-    launch = remembered(launches, key, lambda: _delta_launch(problem, out, saved, grad))
-    launch(out=out, grad=grad, delta=delta)
-    return Inputs(q, k, aligned(problem.v), grad, saved, delta, norms)
-
-
-def _delta_launch(problem: Problem, out: Tensor, saved: Tensor, grad: Tensor) -> Launch:
-    padded, block_v = saved.shape[3], problem.form.widths.width_v
-    block = 64 if block_v <= 128 else 32
-    return Launch(
-        delta_kernel,
-        (problem.batch * problem.heads, triton.cdiv(padded, block)),
-        out_b=out.stride(0),
-        out_h=out.stride(1),
-        out_row=out.stride(2),
-        grad_b=grad.stride(0),
-        grad_h=grad.stride(1),
-        grad_row=grad.stride(2),
-        heads=problem.heads,
-        queries=problem.queries,
-        padded=padded,
-        value_width=problem.width_v,
-        BLOCK=block,
-        BLOCK_V=block_v,
-        num_warps=4,
-    )
+    return Inputs(q, k, aligned(problem.v), aligned(grad), saved, delta, norms)
 
 
 def exact(problem: Problem) -> bool:

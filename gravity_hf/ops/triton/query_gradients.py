@@ -1,9 +1,12 @@
-"""dL/dq, and per row the sums that strength, softening, radii, bias and query masses need.
+"""dL/dq and dL/d(query mass); the sums that strength, softening, radii and bias need; and `delta`,
+which the other backward kernels read.
 
 A program has BLOCK_M rows of one head and goes over the keys that they see.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -41,14 +44,13 @@ from .visible import (
     load_ranges,
 )
 
-# Planes of the per-row sums.
+# Planes of the sums of tiles.
 STRENGTH = tl.constexpr(0)
 SOFTENING = tl.constexpr(1)
 DISTANCE = tl.constexpr(2)
-QUERY_MASS = tl.constexpr(3)
-BIAS = tl.constexpr(4)
-RADIUS = tl.constexpr(5)
-ROW_SUMS = 6
+BIAS = tl.constexpr(3)
+RADIUS = tl.constexpr(4)
+SUMS_OF_TILES = 5
 
 
 # fmt: off
@@ -162,22 +164,41 @@ def attend_keys(
     )
 
 
+@triton.jit
+def output_times_gradient(
+    out, stride_b, stride_h, stride_row, batch, head, rows, row_valid, grad_out, value_width,
+    BLOCK_V: tl.constexpr,
+):
+    """`delta_i = G_o,i . o_i`, 0 where there is no row."""
+    columns = tl.arange(0, BLOCK_V)[None, :]
+    at = out + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    at = at + rows[:, None].to(tl.int64) * stride_row + columns
+    o = tl.load(at, mask=row_valid[:, None] & (columns < value_width), other=0.0)
+    return tl.sum(o.to(tl.float32) * grad_out.to(tl.float32), 1)
+
+
+@triton.jit
+def store_sum(at, value, row_valid):
+    """Of a tile's rows."""
+    tl.store(at, tl.sum(tl.where(row_valid, value, 0.0), 0))
+
+
 # A single key, taken for a constant, is a program that ptxas 12.8 crashes on.
 @triton.jit(do_not_specialize=["keys"])
 def query_kernel(
-    q_desc, k_desc, v_desc, grad_desc, key_sq, saved, delta_at, grad_query, sums, strength, eps,
-    key_radius_sq, query_mass, key_term, head_bias, radius, table, sink, grad_sink, table_batch,
-    table_stride, width, ceiling, kappa, horizon, ranges, ranges_b, ranges_row, mask, mask_b,
-    mask_h, mask_row, mask_column, mask_lowest, dropout, out_b, out_h, out_row, batches, heads,
-    kv_heads, queries, keys, shift, window, head_width, padded, sums_plane, saved_plane,
-    heads_together, order, counts, listed, LAW: tl.constexpr, PLAIN: tl.constexpr,
-    LIFTED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
-    REPULSIVE: tl.constexpr, CAP: tl.constexpr, CURVED: tl.constexpr, CUTOFF: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
-    EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr, SKIPS: tl.constexpr,
-    HAS_SINK: tl.constexpr, SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    NATIVE: tl.constexpr, EXACT: tl.constexpr,
+    q_desc, k_desc, v_desc, grad_desc, key_sq, saved, out, delta_at, grad_query, grad_mass, sums,
+    strength, eps, key_radius_sq, query_mass, key_term, head_bias, radius, table, sink, grad_sink,
+    table_batch, table_stride, width, ceiling, kappa, horizon, ranges, ranges_b, ranges_row, mask,
+    mask_b, mask_h, mask_row, mask_column, mask_lowest, dropout, out_b, out_h, out_row, query_b,
+    query_h, query_row, batches, heads, kv_heads, queries, keys, shift, window, head_width,
+    value_width, padded, sums_plane, saved_plane, heads_together, order, counts, listed,
+    LAW: tl.constexpr, PLAIN: tl.constexpr, LIFTED: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, REPULSIVE: tl.constexpr, CAP: tl.constexpr,
+    CURVED: tl.constexpr, CUTOFF: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    RANGES: tl.constexpr, MASK: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DROPOUT: tl.constexpr,
+    SHARED: tl.constexpr, SKIPS: tl.constexpr, HAS_SINK: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
 ):
     blocks = tl.cdiv(queries, BLOCK_M)
     block, batch_head = tile_of(tl.program_id(0), blocks, batches * heads, heads_together)
@@ -216,7 +237,6 @@ def query_kernel(
     rest = 0.0
     if EXACT:
         rest = tl.load(saved + saved_plane + per_row, mask=row_valid, other=0.0)[:, None]
-    delta = tl.load(delta_at + per_row, mask=row_valid, other=0.0)
 
     query_term = tl.zeros([BLOCK_M], tl.float32)
     if LAW == "table":
@@ -231,6 +251,9 @@ def query_kernel(
             query_term += tl.load(key_radius_sq + kv_head)
         query_term = query_term * (1.0 / unit)
     grad_out = grad_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, BLOCK_V)
+    delta = output_times_gradient(
+        out, out_b, out_h, out_row, batch, head, rows, row_valid, grad_out, value_width, BLOCK_V
+    )
 
     row_key = 0
     if DROPOUT:
@@ -284,8 +307,8 @@ def query_kernel(
         near_sum = tl.sum(distance_sum, 1) * (1.0 / 16)
         grad_q = 2.0 * factor * (near_sum[:, None] * q.to(tl.float32) - grad_q)
         columns = tl.arange(0, BLOCK_D)
-        at = grad_query + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
-        at = at + rows[:, None].to(tl.int64) * out_row + columns[None, :]
+        at = grad_query + batch.to(tl.int64) * query_b + head.to(tl.int64) * query_h
+        at = at + rows[:, None].to(tl.int64) * query_row + columns[None, :]
         inside = row_valid[:, None] & (columns[None, :] < head_width)
         tl.store(at, grad_q.to(grad_query.dtype.element_ty), mask=inside)
     if HAS_SINK:
@@ -300,11 +323,14 @@ def query_kernel(
         if SUMS > 0 and PLAIN:
             exact_delta += weight_sum
         tl.store(grad_sink + at, -sink_weight * exact_delta, mask=row_valid)
+    # For the kernels that follow, in rows of padding, too.
+    total = delta
     if not PLAIN or HAS_B:
-        # For the kernels that follow: `weight_sum` is what rounding of the output left in it.
-        tl.store(delta_at + per_row, delta + weight_sum, mask=row_valid)
+        # `weight_sum` is what rounding of the output left in it.
+        total += weight_sum
+    tl.store(delta_at + per_row, tl.where(row_valid, total, 0.0), mask=rows < padded)
     if SUMS > 0:
-        at = sums + batch_head.to(tl.int64) * queries + rows
+        at = sums + batch_head.to(tl.int64) * blocks + block
         # sum c is 0 but for the rounding of delta. Its part in the sums would drown them where
         # scores hardly differ, so it is taken out with the row's means.
         strength_sum -= weight_sum * score_mean
@@ -322,78 +348,96 @@ def query_kernel(
                 strength_sum = strength_sum * LN2 / tl.maximum(head_strength, 1e-30)
             else:
                 strength_sum = strength_sum / unit
-        tl.store(at + STRENGTH * sums_plane, strength_sum, mask=row_valid)
+        store_sum(at + STRENGTH * sums_plane, strength_sum, row_valid)
         if SUMS == 2:
-            tl.store(at + SOFTENING * sums_plane, softening_sum * factor, mask=row_valid)
+            store_sum(at + SOFTENING * sums_plane, softening_sum * factor, row_valid)
         if LIFTED and SUMS == 2:
-            tl.store(at + DISTANCE * sums_plane, exact_sum * factor, mask=row_valid)
+            store_sum(at + DISTANCE * sums_plane, exact_sum * factor, row_valid)
         if HAS_A:
-            tl.store(at + QUERY_MASS * sums_plane, a_sum, mask=row_valid)
+            per_row = batch_head.to(tl.int64) * queries + rows
+            tl.store(grad_mass + per_row, a_sum, mask=row_valid)
         if HAS_BIAS:
-            tl.store(at + BIAS * sums_plane, bias_sum, mask=row_valid)
+            store_sum(at + BIAS * sums_plane, bias_sum, row_valid)
         if CUTOFF != "none":
-            tl.store(at + RADIUS * sums_plane, radius_sum, mask=row_valid)
+            store_sum(at + RADIUS * sums_plane, radius_sum, row_valid)
 
 
 # fmt: on
 
 
+class QueryGradients(NamedTuple):
+    """`sums` `[SUMS_OF_TILES, B, H, tiles of rows]`; what is asked for, else None."""
+
+    q: Tensor | None
+    query_mass: Tensor | None
+    sink: Tensor | None
+    sums: Tensor | None
+
+
 def query_gradients(
-    problem: Problem, inputs: Inputs, sums: int, sizes: dict | None = None
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """dL/dq, the per-row sums `[ROW_SUMS, B, H, Tq]`, and dL/dsink."""
+    problem: Problem, out: Tensor, inputs: Inputs, sums: int, sizes: dict | None = None
+) -> QueryGradients:
+    """Also fills `inputs.delta`. `out`: of the forward; `sums`: see `backward.backward`."""
     form, v = problem.form, inputs.v
-    shape = (ROW_SUMS if sums > 0 else 0, problem.batch, problem.heads, problem.queries)
-    row_sums = torch.empty(shape, dtype=torch.float32, device=v.device)
-    if problem.q is None and sums == 0:
-        return None, row_sums, None
     sizes = sizes or form.tiles["query"]
     rows, columns = sizes["BLOCK_M"], sizes["BLOCK_N"]
     v_tiles = tiles(v, columns, form.widths.width_v)
-    grad_q = None
+    grad_q = grad_mass = grad_sink = of_tiles = None
     q_tiles = k_tiles = key_sq = v_tiles
-    target = v
     if inputs.q is not None:
-        grad_q = target = torch.empty_like(problem.q)
+        grad_q = torch.empty_like(problem.q)
         q_tiles = tiles(inputs.q, rows, form.widths.width_k)
         k_tiles = tiles(inputs.k, columns, form.widths.width_k)
         if inputs.norms is not None:
             key_sq = vectors(inputs.norms, columns)
-    grad_sink = None if problem.sink is None else torch.empty_like(problem.sink)
+    if sums > 0:
+        shape = (SUMS_OF_TILES, problem.batch, problem.heads, triton.cdiv(problem.queries, rows))
+        of_tiles = torch.empty(shape, dtype=torch.float32, device=v.device)
+        if problem.query_mass is not None:
+            grad_mass = torch.empty(problem.query_mass.shape, dtype=torch.float32, device=v.device)
+    if problem.sink is not None:
+        grad_sink = torch.empty_like(problem.sink)
+    target = v if grad_q is None else grad_q
     order, counts, reach = reach_arguments(problem, rows, columns)
-    key = ("query", sums, target.stride(), *sizes.values(), *reach.values())
+    key = ("query", sums, target.stride(), out.stride(), *sizes.values(), *reach.values())
     more = {"SUMS": sums, **sizes, **reach}
-    remembered(form.launches, key, lambda: _launch(problem, inputs.saved, target, more))(
+    remembered(form.launches, key, lambda: _launch(problem, inputs.saved, out, target, more))(
         q_desc=q_tiles,
         k_desc=k_tiles,
         v_desc=v_tiles,
         grad_desc=tiles(inputs.grad, rows, form.widths.width_v),
         key_sq=key_sq,
         saved=inputs.saved,
+        out=out,
         delta_at=inputs.delta,
         grad_query=target,
+        grad_mass=inputs.saved if grad_mass is None else grad_mass,
         grad_sink=inputs.saved if grad_sink is None else grad_sink,
-        sums=row_sums if sums > 0 else inputs.saved,
+        sums=inputs.saved if of_tiles is None else of_tiles,
         order=order,
         counts=counts,
         **problem.tensors_by_row(columns),
     )
-    return grad_q, row_sums, grad_sink
+    return QueryGradients(grad_q, grad_mass, grad_sink, of_tiles)
 
 
-def _launch(problem: Problem, saved: Tensor, target: Tensor, more: dict) -> Launch:
+def _launch(problem: Problem, saved: Tensor, out: Tensor, target: Tensor, more: dict) -> Launch:
     form = problem.form
     blocks = triton.cdiv(problem.queries, more["BLOCK_M"])
     return Launch(
         query_kernel,
         (blocks * problem.batch * problem.heads,),
         saved_plane=saved.stride(0),
-        out_b=target.stride(0),
-        out_h=target.stride(1),
-        out_row=target.stride(2),
+        out_b=out.stride(0),
+        out_h=out.stride(1),
+        out_row=out.stride(2),
+        query_b=target.stride(0),
+        query_h=target.stride(1),
+        query_row=target.stride(2),
         head_width=problem.width_k,
+        value_width=problem.width_v,
         padded=saved.shape[3],
-        sums_plane=problem.batch * problem.heads * problem.queries if more["SUMS"] > 0 else 0,
+        sums_plane=problem.batch * problem.heads * blocks,
         heads_together=problem.heads_together(),
         HAS_SINK=problem.sink is not None,
         SCALED=problem.v.dtype == torch.float16,

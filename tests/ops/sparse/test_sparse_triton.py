@@ -9,6 +9,7 @@ from ops.sparse.sparse_cases import as_double, budget, mask_of, score_of, vector
 
 from gravity_hf.ops.sparse import Gravity, sparse_attention
 from gravity_hf.ops.sparse.selecting import block_means
+from gravity_hf.ops.sparse.triton import triton_fused_attention
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +60,8 @@ def test_within_budget_of_the_definition(score, mask, dtype):
 def test_no_later_token_changes_an_output(score, impl):
     if impl == "flex" and DEVICE == "cpu":
         pytest.skip("FlexAttention has tiles on a GPU only")
-    q, k, v = vectors(70)
+    # FlexAttention has no heads as narrow as these.
+    q, k, v = (torch.cat([x, x.flip(3)], 3) for x in vectors(70))
     changed = [x.clone() for x in (q, k, v)]
     changed[0][:, :, 40:] *= -3.0
     for x in changed[1:]:
@@ -73,7 +75,7 @@ def test_no_later_token_changes_an_output(score, impl):
 def test_the_gradient_of_flex_is_that_of_the_definition():
     found = {}
     for impl in ("reference", "flex"):
-        leaves = [moved(x).requires_grad_() for x in vectors()]
+        leaves = [moved(torch.cat([x, x.flip(3)], 3)).requires_grad_() for x in vectors()]
         options = {"score": score_of("dot"), "budget": budget(), "impl": impl}
         output = sparse_attention(*leaves, mask=moved(mask_of("left")), **options)
         found[impl] = torch.autograd.grad(output.square().sum(), leaves)
@@ -247,10 +249,17 @@ def test_what_no_fused_step_serves_is_refused(changes, message):
         sparse_attention(q, k, v, score=score_of("dot"), budget=budget(), impl="fused", **options)
 
 
-def test_nobody_is_given_the_fused_step_who_did_not_ask(monkeypatch):
+def test_the_fused_step_is_given_on_a_gpu_alone(monkeypatch):
     from gravity_hf.ops.sparse import attention
 
-    monkeypatch.setattr(attention, "triton_fused_attention", None)
+    asked = []
+
+    def watched(*call):
+        asked.append(call)
+        return triton_fused_attention(*call)
+
+    monkeypatch.setattr(attention, "triton_fused_attention", watched)
     actual = decoded("auto", score_of("power"), 150, 1, 8)
+    assert len(asked) == (DEVICE == "cuda")
     exact = decoded("reference", score_of("power"), 150, 1, 8)
     torch.testing.assert_close(actual.double(), exact, rtol=1e-3, atol=1e-4)
