@@ -113,13 +113,13 @@ def prepare(problem: Problem) -> Callable[[Job], Callable[[], Any]]:
     saved = torch.empty(planes, problem.batch, problem.heads, padded, device="cuda")
     out, norms = forward(problem, saved)
     inputs = gather_inputs(problem, saved, torch.randn_like(out), norms)
-    query_gradients(problem, out, inputs, 1)  # fills what the kernel for keys reads
+    query_gradients(problem, out, inputs, 2)  # fills what the kernel for keys reads
 
     def call(job: Job) -> Callable[[], Any]:
         if job.kernel == "forward":
             return lambda: forward(problem, saved, job.sizes())
         if job.kernel == "query":
-            return lambda: query_gradients(problem, out, inputs, 1, job.sizes())
+            return lambda: query_gradients(problem, out, inputs, 2, job.sizes())
         return lambda: key_gradients(problem, inputs, job.sizes())
 
     return call

@@ -129,7 +129,7 @@ def confidence(options: Any, model: Any, tokenizer: Any, seed: int) -> dict[str,
         except RuntimeError as error:
             return {"failed": str(error), "per_item": []}
     # Without a source there is no answer of the store: its confidence is 0.
-    sure = [fitted.predict([case.features])[0] if case.sources else 0.0 for case in judge]
+    sure = [fitted.predict(case.features) if case.sources else 0.0 for case in judge]
     quality = vars(confidence_quality(sure, [case.right for case in judge]))
     kept = [case.right for case, p in zip(judge, sure, strict=True) if p >= fitted.point.threshold]
     right = sum(case.right for case in judge)

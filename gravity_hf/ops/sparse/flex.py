@@ -20,6 +20,8 @@ from .selecting import Selection
 
 # The least width of a head that torch compiles.
 NARROWEST = 16
+# Pairs of queries and blocks that 32-bit addresses reach.
+_MOST_FLAGS = 2**31
 
 
 def flex_refusal(
@@ -30,6 +32,9 @@ def flex_refusal(
         return f"dropout_p = 0, got {dropout_p}"
     if q.device.type != "cpu" and min(q.shape[3], v.shape[3]) < NARROWEST:
         return f"heads at least {NARROWEST} wide"
+    pairs = selection.blocks.shape[1] * q.shape[0] * q.shape[2]
+    if pairs * -(-k.shape[2] // selection.budget.block_size) >= _MOST_FLAGS:
+        return "fewer blocks: compiled code counts pairs of queries and blocks in 32 bits"
     if q.dtype == torch.float64:
         return "float32, bfloat16 or float16, got torch.float64"
     if selection.visible.bias is not None:

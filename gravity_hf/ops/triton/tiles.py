@@ -71,8 +71,6 @@ def query_tiles(widths: Widths, plain: bool, device: torch.device) -> Tiles:
         choices = [(64, 32, 4, 1)] if widths.width <= 128 else []
     elif not plain and widths.width <= 128:
         choices = [(64, 32, 4, 2), (64, 32, 4, 1)]
-    elif widths.mixed and widths.width <= 64:
-        choices = [(64, 32, 4, 2)]
     else:
         choices = [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)]
     both = widths.vector_bytes + widths.value_bytes
