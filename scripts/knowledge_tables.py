@@ -44,7 +44,10 @@ def _content(folder: Path, stem: str) -> dict[str, Any]:
 def _below(content: dict[str, Any], note: str) -> str:
     """What the table is of, and where it was measured."""
     base = content["base"]
-    where = f"{base['name']}, {base['dtype']}, commit {content['commit'][:10]}."
+    dtype = (
+        f"{base['dtype']}{', products in TF32' if content.get('settings', {}).get('tf32') else ''}"
+    )
+    where = f"{base['name']}, {dtype}, commit {content['commit'][:10]}."
     measured = experiment_conditions([{"conditions": content}]).strip()
     return f"\n{note} {where} {measured}\n"
 
@@ -72,8 +75,13 @@ def beliefs(folder: Path) -> str:
 
 
 def interference(folder: Path) -> str:
-    """The first ten facts' answers as more beliefs become active."""
-    content = _content(folder, "belief_interference")
+    """The first ten facts' answers as more beliefs become active; a part for each file."""
+    command = "scripts/experiments/belief_interference.py --base DIR"
+    found = contents(folder, "belief_interference", command, ("", "projected"))
+    return "\n".join(map(_interference_part, found))
+
+
+def _interference_part(content: dict[str, Any]) -> str:
     headers, rows = interference_table(content)
     kinds = dict.fromkeys(unit["kind"] for unit in content["units"])
     run = [
@@ -100,19 +108,28 @@ def routing(folder: Path) -> str:
 
 def _routing_part(content: dict[str, Any]) -> str:
     units, summary = content["units"], content["summary"]
-    first = next(iter(summary["routing"].values()))
-    own = [unit for unit in units if unit["part"] == "routing"]
-    asked = first["top1_first_seed"]["trials"]
     parts = [
-        markdown(*routing_table(content)),
-        f"\n{first['beliefs']} beliefs, {asked} held-out paraphrases each, {_seeds(own)}. Used "
-        "wrongly: of neighbours, which are about no belief.\n",
+        _routers(content),
         _confidence(summary, units),
         _separation(summary),
         _few_shot(summary, units),
     ]
-    by_wording = "hidden:quarter, by wording" not in summary["routing"]
+    routed = summary.get("routing", {})
+    by_wording = routed and "hidden:quarter, by wording" not in routed
     return "".join(parts) + _below(content, _BY_WORDING if by_wording else "All parts:")
+
+
+def _routers(content: dict[str, Any]) -> str:
+    found = content["summary"].get("routing", {})
+    if not found:
+        return ""
+    first = next(iter(found.values()))
+    own = [unit for unit in content["units"] if unit["part"] == "routing"]
+    asked = first["top1_first_seed"]["trials"]
+    return markdown(*routing_table(content)) + (
+        f"\n{first['beliefs']} beliefs, {asked} held-out paraphrases each, {_seeds(own)}. Used "
+        "wrongly: of neighbours, which are about no belief.\n"
+    )
 
 
 def _confidence(summary: dict[str, Any], units: list[dict[str, Any]]) -> str:

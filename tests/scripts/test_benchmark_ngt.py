@@ -165,3 +165,16 @@ def test_what_compiles_longest_is_measured_last(scripts):
     steps = [(case.mode, case.batch) for case in cases if case.work == "step"]
     assert steps == [(mode, n) for mode in ("eager", "graphs", "compile") for n in (16, 32)]
     assert [case.work for case in cases[:6]] == ["step"] * 6
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+def test_the_committed_step_keeps_its_promises(batch):
+    """On the GPU no training step takes more than 1.25 times the vanilla twin's time, where the
+    host's launches do not count, or 1.2 times its memory."""
+    file = SCRIPTS / "benchmark" / "results" / "ngt_cuda.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    steps = [row for row in rows if row["work"] == "step" and row["batch"] == batch]
+    ours = {row["mode"]: row for row in steps if row["model"] == "NGT v2"}
+    vanilla = {row["mode"]: row for row in steps if row["model"] == "vanilla"}
+    assert ours["graphs"]["ratio"] <= 1.25
+    assert ours["eager"]["peak_mib"] <= 1.2 * vanilla["eager"]["peak_mib"]
