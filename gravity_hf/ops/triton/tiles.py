@@ -1,11 +1,11 @@
 """Tile sizes, warps and pipeline stages, by kernel, dtypes and widths of a head.
 
-Chosen on an H100 (`python scripts/benchmark/tiles.py`), and for float32 vectors beside values in
-half precision on an H200 (with `--ngt --law power --dropout 0.1`). Small tiles of four warps win
-there over the usual 128 rows of eight: two programs share a processor, and one computes scores
-while the other multiplies. Devices with less shared memory get the first choice that fits it. In
-the backward the general code has more values for each pair: its tiles are half as large, with which
-compiled code for an H100 keeps (nearly) all of them in registers.
+Chosen on an H100 (`python scripts/benchmark/tiles.py`), and for narrow float32 vectors beside
+values in half precision on an H200 (with `--ngt --law power --dropout 0.1`). Small tiles of four
+warps win there over the usual 128 rows of eight: two programs share a processor, and one computes
+scores while the other multiplies. Devices with less shared memory get the first choice that fits
+it. In the backward the general code has more values for each pair: its tiles are half as large,
+with which compiled code for an H100 keeps (nearly) all of them in registers.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class Widths:
         return self.vectors != self.values
 
     @property
+    def narrow(self) -> bool:
+        """float32 vectors as narrow as NGT's, beside values in half precision."""
+        return self.mixed and self.width_k <= 16 and self.width_v <= 64
+
+    @property
     def vector_bytes(self) -> int:
         return self.width_k * self.vectors.itemsize
 
@@ -57,7 +62,7 @@ def forward_tiles(widths: Widths, plain: bool, device: torch.device) -> Tiles:
         choices = [(64, 32, 4, 2)] if widths.width <= 128 else [_SMALLEST]
     elif widths.width > 128 or not plain:
         choices = [(64, 32, 4, 2)]
-    elif widths.mixed:
+    elif widths.narrow:
         choices = [(128, 64, 4, 2), (64, 64, 4, 2)]
     else:
         choices = [(64, 64, 4, 3), (64, 64, 4, 2)]
@@ -86,7 +91,7 @@ def key_tiles(widths: Widths, plain: bool, device: torch.device) -> Tiles:
     elif widths.width > 128:
         choices = [(64, 64, 4, 2), (64, 64, 4, 1)]
     else:
-        stages = 2 if widths.mixed else 3
+        stages = 2 if widths.narrow else 3
         choices = [(64, 64, 4, stages)] if widths.width <= 64 else [(32, 64, 4, 2)]
     both = widths.vector_bytes + widths.value_bytes
     choices = [*choices, (32, 64, 4, 1), _SMALLEST]

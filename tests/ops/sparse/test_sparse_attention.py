@@ -61,6 +61,12 @@ def test_within_budget_of_the_definition(impl, score, name):
         check(impl, score_of(score), vectors(queries), block=block, mask=mask)
 
 
+def test_flex_is_not_given_more_flags_than_its_addresses_reach(monkeypatch):
+    monkeypatch.setattr("gravity_hf.ops.sparse.flex._MOST_FLAGS", 100)
+    with pytest.raises(ValueError, match="impl='flex': expected fewer blocks"), torch.no_grad():
+        sparse_attention(*vectors(), score=score_of("dot"), budget=budget(), impl="flex")
+
+
 @quiet
 @pytest.mark.parametrize(
     ("score", "name"), [("dot", "left"), ("power", "documents"), ("lifted", "none")]
