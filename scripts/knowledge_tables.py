@@ -139,7 +139,7 @@ def _confidence(summary: dict[str, Any], units: list[dict[str, Any]]) -> str:
     if not found["seeds"]:
         return "\nConfidence: not fitted, since nothing was routed that it could be fitted to.\n"
     own = [unit for unit in units if unit["part"] == "confidence" and "quality" in unit]
-    count = sum(len(unit["per_item"]) for unit in own)
+    count = sum(unit["quality"]["cases"] for unit in own)
     values = ", ".join(f"{title} {_span(found[x])}" for x, title in (
         ("auroc", "AUROC"), ("ece", "calibration error"), ("brier", "Brier score"),
     ))  # fmt: skip

@@ -71,7 +71,7 @@ def routing(**changes: Any) -> dict[str, Any]:
     }
     units = [
         {"part": "routing", "seed": 0},
-        {"part": "confidence", "seed": 0, "quality": {}, "per_item": [{}, {}]},
+        {"part": "confidence", "seed": 0, "quality": {"cases": 2}},
         {"part": "few_shot", "seed": 1},
     ]
     return {**HEAD, "units": units, "summary": summary | changes}
