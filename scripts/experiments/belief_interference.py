@@ -146,6 +146,7 @@ def overlap(encoded: list[Any]) -> float | None:
 def main(given: list[str] | None = None) -> dict[str, Any]:
     parser = parser_of(__doc__, NAME, BANKS)
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="active")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="[both]")
     options = parsed(parser, NAME, given)
     if options.quick:
         options.counts, options.per_bank = [1, 2, 12], 12
@@ -154,7 +155,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         f"{kind} {bank} {seed}": (kind, bank, seed)
         for seed in options.seeds
         for bank in options.banks
-        for kind in KINDS
+        for kind in options.kinds
     }
     content = run_units(
         options,

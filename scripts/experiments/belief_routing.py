@@ -151,13 +151,19 @@ def _queries(facts: list[Any]) -> tuple[list[tuple[str, str]], list[str]]:
     return known, neighbours(facts, threshold=False)
 
 
+# Of the seed that was asked for last: two parts need the same deltas.
+_ENCODED: dict[int, list[Any]] = {}
+
+
 def _taught(options: Any, model: Any, tokenizer: Any, seed: int, folder: str) -> tuple[Any, Any]:
     from gravity_hf.knowledge.encoding import BeliefEncoder
 
     facts = trained_facts(options, seed)
-    encoder = BeliefEncoder(model, tokenizer, config_of(options, seed))
-    encoded = encoder.encode(facts, progress=False)
-    return store_of(f"{folder}/kb", model, tokenizer, encoded), facts
+    if seed not in _ENCODED:
+        _ENCODED.clear()
+        encoder = BeliefEncoder(model, tokenizer, config_of(options, seed))
+        _ENCODED[seed] = encoder.encode(facts, progress=False)
+    return store_of(f"{folder}/kb", model, tokenizer, _ENCODED[seed]), facts
 
 
 def _recorder(store: Any, facts: list[Any]) -> Any:
