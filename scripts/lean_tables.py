@@ -51,21 +51,26 @@ def _speed_part(content: dict[str, Any]) -> str:
     rows = [row for row in content["rows"] if "median_ms" in row]
     device = "cpu" if "cores" in content["conditions"]["device"] else "cuda"
     budgets = sorted({_budget(r) for r in rows if r["kind"] == "sparse" and r["screen"] == "keys"})
-    cases = dict.fromkeys((r["level"], r["work"], r["law"], r["length"]) for r in rows)
+    cases = dict.fromkeys(map(_speed_case, rows))
     table = []
     for case in cases:
         if case[3] not in _LENGTHS[device]:
             continue
-        mine = [r for r in rows if (r["level"], r["work"], r["law"], r["length"]) == case]
+        mine = [r for r in rows if _speed_case(r) == case]
         dense = [r for r in mine if r["kind"] == "dense"]
         if not dense:
             continue
-        level, work, law, length = case
+        level, work, law, length, launch = case
         cells = [_fastest(mine, budget) for budget in budgets]
-        name = f"{level}, {work}, {law}, {length}"
+        name = f"{level}, {work}, {law}, {length}" + (", graph" if launch == "graph" else "")
         table.append([name, _ms(min(r["median_ms"] for r in dense)), *cells])
     heads = [f"{top_k} keys, blocks of {block}" for top_k, block in budgets]
     return markdown(["what, keys", "dense", *heads], table) + _below(content)
+
+
+def _speed_case(row: dict[str, Any]) -> tuple[str, str, str, int, str]:
+    launch = row.get("launch", "eager")
+    return row["level"], row["work"], row["law"], row["length"], launch
 
 
 def _budget(row: dict[str, Any]) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from lgt_calls import calls_in_turns, peak_mib
 from results import conditions
 from rich.progress import track
 from sparse_calls import Call, Case, Subject, prepare
+from timing import as_graph
 
 from gravity_hf.hub.card_public import public
 from gravity_hf.training.files import write_json
@@ -46,11 +47,14 @@ SHAPES = {
 }
 BUDGETS = ((128, 16), (256, 32), (512, 32), (1024, 64), (256, 1))
 QUICK = {"lengths": (256, 512), "budgets": ((128, 16),)}
+LAUNCHES = ("eager", "graph")
 SECONDS = {"cpu": 1.0, "cuda": 0.2}
 
 
-def cases(device: str, lengths: tuple[int, ...], levels: list[str]) -> Iterator[Case]:
-    shape = SHAPES[device]
+def cases(
+    device: str, lengths: tuple[int, ...], levels: list[str], launch: str = "eager"
+) -> Iterator[Case]:
+    shape = {**SHAPES[device], "launch": launch}
     if "layer" in levels:
         for law in ("dot", "gravity"):
             for work in ("prefill", "decode"):
@@ -84,7 +88,8 @@ def subjects(case: Case, budgets: tuple[tuple[int, int], ...], impls: list[str])
 
 
 def measure(case: Case, asked: list[Subject], device: str, seconds: float) -> list[dict[str, Any]]:
-    """One row for each subject. One that cannot run has its error as `note`."""
+    """One row for each subject. One that cannot run has its error as `note`. Memory is that of an
+    eager call: a graph's is the graph's."""
     calls: dict[Subject, Call] = {}
     known: dict[Subject, dict[str, Any]] = {}
     for subject in asked:
@@ -92,7 +97,7 @@ def measure(case: Case, asked: list[Subject], device: str, seconds: float) -> li
             call = prepare(case, subject, device)
             call()
             known[subject] = {"peak_mib": peak_mib(call, device)}
-            calls[subject] = call
+            calls[subject] = as_graph(call) if case.launch == "graph" else call
         except (RuntimeError, ValueError, NotImplementedError) as error:
             note = " ".join(str(error).split())[:160] or type(error).__name__
             known[subject] = {"note": note}
@@ -119,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--lengths", type=int, nargs="+", help="tokens [CPU: 512 to 8192, GPU: to 32768]")
     add("--levels", nargs="+", choices=("layer", "host"), default=["layer", "host"])
     add("--budgets", nargs="+", metavar="TOP_K,BLOCK", help=f"[{_as_text(BUDGETS)}]")
+    add("--launches", nargs="+", default=["eager"], choices=LAUNCHES, help="graph: CUDA replays")
     add("--impls", nargs="+", default=["auto"], help="of one layer's sparse operator [auto]")
     add("--seconds", type=float, help="of timing, for each case [CPU: 1, GPU: 0.2]")
     add("--threads", type=int, default=1, help="of torch on the CPU [1]")
@@ -128,6 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
     device = options.device
+    if device == "cpu" and "graph" in options.launches:
+        parser.error("--launches graph: expected --device cuda, got cpu")
     if options.quick and options.out is None:
         parser.error("--quick: expected --out too: what is measured then is not to be kept")
     torch.set_num_threads(options.threads)
@@ -141,6 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {
         "lengths": lengths,
         "levels": options.levels,
+        "launches": options.launches,
         "budgets": budgets,
         "impls": options.impls,
         "seconds": seconds,
@@ -154,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = options.out or RESULTS / f"sparse_attention_{device}.json"
     rows = _done_before(out, public({"conditions": known})["conditions"])
     done = {_case_of(row) for row in rows}
-    todo = [case for case in cases(device, lengths, options.levels) if case not in done]
+    asked = (cases(device, lengths, options.levels, launch) for launch in options.launches)
+    todo = [case for some in asked for case in some if case not in done]
     for case in track(todo, "sparse attention", disable=not sys.stderr.isatty()):
         rows += measure(case, subjects(case, budgets, options.impls), device, seconds)
         write_json(out, public({"conditions": known, "rows": rows}))
@@ -187,7 +197,7 @@ def _case_of(row: dict[str, Any]) -> Case:
 
 
 def _in_words(row: dict[str, Any]) -> str:
-    what = f"{row['level']:<5} {row['law']:<8} {row['work']:<8} {row['length']:>6}"
+    what = f"{row['level']:<5} {row['law']:<8} {row['work']:<8} {row['length']:>6} {row['launch']}"
     who = "dense" if row["kind"] == "dense" else f"{row['top_k']}/{row['block_size']}"
     who += "".join(f" {row[name]}" for name in ("screen", "cache", "impl") if row[name])
     if "median_ms" not in row:

@@ -37,6 +37,8 @@ class Case:
             for the last token.
         work: `prefill`, so many tokens at once; `decode`, one more after so many; `step`, a
             prefill and its gradients.
+        launch: `eager`, or a replay of a CUDA `graph`: what the device takes, without the time of
+            Python and of the driver.
         law: `dot` products, or `gravity` (the power law, euclidean).
     """
 
@@ -49,6 +51,7 @@ class Case:
     kv_heads: int
     width: int
     dtype: str
+    launch: str = "eager"
 
 
 @dataclass(frozen=True)

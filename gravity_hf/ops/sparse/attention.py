@@ -58,10 +58,9 @@ def sparse_attention(
         impl: `"reference"` (the definition), `"masked"` (dense, the selection as its mask),
             `"gathered"` (each query's keys), `"routed"` (each block's queries), `"flex"`,
             `"triton"` (routed, on a GPU, its gradients too), `"fused"` (a few queries, their
-            choice and attention in two kernels, on a GPU), or
-            `"auto"`: see `choosing.choose_implementation`, which does not take `"fused"`, nor
-            `"triton"` for a gradient. `"routed"` gathers where dropout, an additive mask or one
-            with holes leaves it no blocks.
+            choice and attention in two kernels, on a GPU), or `"auto"`: `"fused"` on a GPU where
+            it serves, else see `choosing.choose_implementation`. `"routed"` gathers where dropout,
+            an additive mask or one with holes leaves it no blocks.
 
     Returns:
         `[B, H, Tq, Dv]` in the dtype of `v`. A query that sees no key gives zeros. Gradients reach
@@ -77,14 +76,15 @@ def sparse_attention(
         return dense_attention(
             q, k, v, score=score, mask=mask, positions=positions, dropout_p=dropout_p
         )
-    if impl == "fused":
+    if impl == "fused" or (impl == "auto" and q.device.type == "cuda"):
         hidden = any(x is not None for x in (mask, positions, origin, selection))
         call = (q, k, v, score, budget, screen or (q, k), means)
         check_selection(*call[5], budget, score.metric, None, None, None)
         refusal = fused_refusal(*call, hidden, dropout_p)
-        if refusal is not None:
+        if refusal is None:
+            return triton_fused_attention(*call)
+        if impl == "fused":
             raise ValueError(f"sparse_attention: impl='fused': expected {refusal}. Use impl='auto'")
-        return triton_fused_attention(*call)
     if selection is None:
         screen_q, screen_k = (q, k) if screen is None else screen
         selection = select_keys(

@@ -58,8 +58,7 @@ def choose_implementation(
         return "masked"
     if q.device.type == "cuda":
         call = (q, k, v, score, selection, dropout_p)
-        gradient = needs_gradient(q, k, v, score)
-        if budget.block_size >= THIN_BLOCK and not gradient and routed_refusal(*call) is None:
+        if budget.block_size >= THIN_BLOCK and routed_refusal(*call) is None:
             return "triton"
         if flex_refusal(*call) is None:
             return "flex"

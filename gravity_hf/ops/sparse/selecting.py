@@ -15,7 +15,7 @@ from ..blocks import ranges
 from .budget import KeyBudget
 from .checks import check_selection
 from .products import exact
-from .triton import ranks_by_triton
+from .triton import chooses_by_triton, ranks_by_triton
 from .visibility import Visibility, visibility
 
 # Block scores held at a time; each takes 16 bytes on its way.
@@ -115,7 +115,7 @@ def block_means(screen_k: Tensor, block_size: int, origin: Tensor | None = None)
         screen_k = screen_k.gather(2, place.expand(*screen_k.shape[:2], -1, screen_k.shape[3]))
     elif missing:
         screen_k = torch.nn.functional.pad(screen_k, (0, 0, 0, missing))
-    return screen_k.unflatten(2, (-1, block_size)).to(dtype).mean(3)
+    return screen_k.unflatten(2, (-1, block_size)).mean(3, dtype=dtype)
 
 
 def select_keys(
@@ -165,6 +165,11 @@ def _chosen_blocks(
     batch, key_heads, blocks, _ = means.shape
     queries = screen_q.shape[2]
     places = _places(seen, budget)
+    if chooses_by_triton(means, budget.chosen_blocks):
+        from .triton.choosing import choose_blocks
+
+        whole = _whole(seen, budget, blocks)
+        return choose_blocks(screen_q, means, seen, whole, budget, metric, places)
     chosen = torch.full(
         (batch, key_heads, queries, places), -1, dtype=torch.int64, device=means.device
     )
@@ -195,13 +200,17 @@ def _write_best(scores: Tensor, seen: Visibility, budget: KeyBudget, chosen: Ten
     if ranks_by_triton(scores.device, blocks):
         from .triton.ranking import best_blocks
 
-        whole = seen.allowed
-        if whole is not None:
-            whole = whole_blocks(whole, seen.origin, budget.block_size, blocks)
+        whole = _whole(seen, budget, blocks)
         best_blocks(scores.contiguous(), seen, whole, budget, chosen)
         return
     best = _best(scores, _choosable(seen, budget, blocks), budget.chosen_blocks)
     chosen[..., : best.shape[3]] = best
+
+
+def _whole(seen: Visibility, budget: KeyBudget, blocks: int) -> Tensor | None:
+    if seen.allowed is None:
+        return None
+    return whole_blocks(seen.allowed, seen.origin, budget.block_size, blocks)
 
 
 def _places(seen: Visibility, budget: KeyBudget) -> int:

@@ -41,6 +41,15 @@ class Visibility:
         first = self.first if self.first.shape[1] == 1 else self.first[:, rows]
         return Visibility(first, self.last[:, rows], allowed, bias, self.origin, self.keys)
 
+    def as_int32(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """first `[B, Tq|1]`, last `[B, Tq]` and origin `[B]` as kernels read them, contiguous."""
+        first = self.first.to(torch.int32).expand(batch, -1).contiguous()
+        last = self.last.to(torch.int32).expand(batch, self.queries).contiguous()
+        origin = self.origin
+        if origin is not None:
+            origin = origin.to(torch.int32).expand(batch).contiguous()
+        return first, last, origin
+
     def mask(self) -> Tensor:
         """Bool `[B|1, 1, Tq, Tk]`."""
         key = torch.arange(self.keys, device=self.last.device)

@@ -9,6 +9,7 @@ from ops.sparse.sparse_cases import as_double, budget, mask_of, score_of, vector
 
 from gravity_hf.ops.sparse import Gravity, sparse_attention
 from gravity_hf.ops.sparse.selecting import block_means
+from gravity_hf.ops.sparse.triton import triton_fused_attention
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,6 +153,40 @@ def test_ranks_choose_as_sorting_does(mask):
     assert torch.equal(chosen[..., :7].sort().values, expected.sort().values)
 
 
+@pytest.mark.parametrize(
+    ("mask", "metric", "heads", "size"),
+    [
+        ("none", "dot", 4, {}),
+        ("left", "distance", 4, {}),
+        ("holes", "dot", 2, {"top_k": 96}),
+        ("documents", "distance", 4, {"min_length": 60}),
+        ("right", "dot", 4, {"top_k": 13}),
+    ],
+)
+@pytest.mark.parametrize("equal", [False, True])
+def test_one_kernel_scores_and_chooses_as_two_passes_do(mask, metric, heads, size, equal):
+    """Equal: of many blocks, whose scores are exact."""
+    from gravity_hf.ops.sparse import selecting
+    from gravity_hf.ops.sparse.triton.choosing import choose_blocks
+    from gravity_hf.ops.sparse.visibility import visibility
+
+    given, few = mask_of(mask, 70, 700), budget(4, **size)
+    seen = visibility(70, 700, moved(given), None, None, torch.device(DEVICE))
+    q, (_, k, _) = vectors(70)[0][:, :heads], vectors(70, 700)
+    q, means = moved(q), block_means(moved(k), 4, seen.origin)
+    if equal:
+        q, means = q.round(), means.round()
+    places = selecting._places(seen, few)
+    whole = selecting._whole(seen, few, means.shape[2])
+    actual = choose_blocks(q, means, seen, whole, few, metric, places)
+    # What a GPU would be told otherwise: by sorting, on the CPU.
+    seen = visibility(70, 700, given, None, None, torch.device("cpu"))
+    expected = selecting._chosen_blocks(q.cpu(), means.cpu(), few, metric, seen)
+    expected = torch.nn.functional.pad(expected, (0, places - expected.shape[3]), value=-1)
+    assert bool((expected >= 0).any()) == (few.chosen_blocks > 0) == (mask != "right")
+    assert torch.equal(actual.cpu().sort().values, expected.sort().values)
+
+
 def decoded(
     impl, score, keys, queries, block, kept=False, screen=None, dtype=torch.float32, **size
 ):
@@ -248,10 +283,17 @@ def test_what_no_fused_step_serves_is_refused(changes, message):
         sparse_attention(q, k, v, score=score_of("dot"), budget=budget(), impl="fused", **options)
 
 
-def test_nobody_is_given_the_fused_step_who_did_not_ask(monkeypatch):
+def test_the_fused_step_is_given_on_a_gpu_alone(monkeypatch):
     from gravity_hf.ops.sparse import attention
 
-    monkeypatch.setattr(attention, "triton_fused_attention", None)
+    asked = []
+
+    def watched(*call):
+        asked.append(call)
+        return triton_fused_attention(*call)
+
+    monkeypatch.setattr(attention, "triton_fused_attention", watched)
     actual = decoded("auto", score_of("power"), 150, 1, 8)
+    assert len(asked) == (DEVICE == "cuda")
     exact = decoded("reference", score_of("power"), 150, 1, 8)
     torch.testing.assert_close(actual.double(), exact, rtol=1e-3, atol=1e-4)

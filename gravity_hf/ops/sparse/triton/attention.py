@@ -1,4 +1,4 @@
-"""The kernels of routed attention, started: two for the output, three for the gradient."""
+"""The kernels of routed attention, started: two for the output, four for the gradient."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from .gradient_kernels import (
     block_gradient_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
+    sink_gradient_kernel,
 )
 from .kernels import merge_kernel, tile_kernel
 from .routes import TILE, DeviceTiles, device_tiles
 
-_KEYS = 64
+# Keys of a program, tiles of rows that a program for sinks takes, and those it looks through.
+_KEYS, _SHARE, _TILES = 64, 8, 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,7 @@ class Call:
             "GROUPS": q.shape[1] // v.shape[1],
             "WINDOW": budget.window,
             "SINKS": budget.sinks,
+            "DENSE": budget.dense_length,
             "WIDTH": q.shape[3],
             "WIDTH_V": v.shape[3],
             "WIDTH_PAD": _padded(q.shape[3]),
@@ -83,16 +86,12 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, score: Score, selection: S
 
 def _call(law: str, selection: Selection, batch: int, groups: int) -> Call:
     seen = selection.visible
-    allowed, origin = seen.allowed, seen.origin
-    return Call(
-        law,
-        selection,
-        device_tiles(selection, groups),
-        seen.first.expand(batch, -1).to(torch.int32).contiguous(),
-        seen.last.expand(batch, seen.queries).to(torch.int32).contiguous(),
-        None if allowed is None else allowed[:, 0].expand(batch, seen.keys).contiguous().byte(),
-        None if origin is None else origin.expand(batch).to(torch.int32).contiguous(),
-    )
+    first, last, origin = seen.as_int32(batch)
+    allowed = seen.allowed
+    if allowed is not None:
+        allowed = allowed[:, 0].expand(batch, seen.keys).contiguous().byte()
+    tiles = device_tiles(selection, first, last, groups)
+    return Call(law, selection, tiles, first, last, allowed, origin)
 
 
 class _Routed(torch.autograd.Function):
@@ -122,11 +121,11 @@ def _forward(tensors: tuple, call: Call, log_sums: Tensor | None) -> Tensor:
     strides, shared = _strides(q, k, v), call.constants(q, v, radius)
     parts, first = (outputs, highest, sums), call.first
     with torch.cuda.device_of(q):
-        tile_kernel[(tiles.block.shape[0],)](
-            *tensors, tiles.rows, tiles.block, first, call.last, call.allowed, call.origin, *parts,
-            *strides, queries, keys, call.blocks, batch * key_heads * call.blocks, key_heads,
-            first.shape[1], SIZE=budget.block_size, HAS_ORIGIN=call.origin is not None,
-            BLOCK_N=_padded(budget.block_size), **shared,
+        tile_kernel[(max(1, tiles.block.shape[0]),)](
+            *tensors, tiles.rows, tiles.block, tiles.edges, first, call.last, call.allowed,
+            call.origin, *parts, *strides, queries, keys, call.blocks,
+            batch * key_heads * call.blocks, key_heads, first.shape[1], SIZE=budget.block_size,
+            HAS_ORIGIN=call.origin is not None, BLOCK_N=_padded(budget.block_size), **shared,
         )  # fmt: skip
         merge_kernel[(triton.cdiv(queries * (heads // key_heads), TILE), batch * key_heads)](
             *tensors, tiles.places, first, call.last, call.allowed, *parts, out, log_sums,
@@ -158,11 +157,9 @@ def _backward(
     first, last, allowed = call.first, call.last, call.allowed
     strides, shared = _strides(q, k, v), call.constants(q, v, radius)
     ends = _ends(call, groups)
-    # Tiles of block `u` are those from `edges[u]` to before `edges[u + 1]`.
-    edges = torch.nn.functional.pad(tiles.ends, (1, 0)).to(torch.int32)
     with torch.cuda.device_of(q):
         block_gradient_kernel[(batch * key_heads * call.blocks,)](
-            *tensors, *given, tiles.rows, edges, first, last, allowed, call.origin, part_q,
+            *tensors, *given, tiles.rows, tiles.edges, first, last, allowed, call.origin, part_q,
             part_terms, grad_k, grad_v, *strides, queries, keys, call.blocks, key_heads,
             first.shape[1], SIZE=budget.block_size, HAS_ORIGIN=call.origin is not None,
             BLOCK_N=_padded(budget.block_size), COUNT=COUNT, **shared,
@@ -172,10 +169,11 @@ def _backward(
             terms, *strides, queries, keys, key_heads, first.shape[1], tiles.places.shape[3],
             BLOCK_N=_KEYS, BLOCK_S=_padded(budget.sinks), COUNT=COUNT, **shared,
         )  # fmt: skip
+        sunk = _of_sinks(tensors, given, call, shared)
         key_gradient_kernel[(triton.cdiv(keys, _KEYS), batch * key_heads)](
-            *tensors, *given, first, last, allowed, ends, grad_k, grad_v, *strides, queries, keys,
-            key_heads, first.shape[1], ends.shape[2], batch * ends.shape[2], BLOCK_N=_KEYS,
-            COUNT=COUNT, **shared,
+            *tensors, *given, first, last, allowed, ends, *sunk, grad_k, grad_v, *strides, queries,
+            keys, key_heads, first.shape[1], ends.shape[2], batch * ends.shape[2], BLOCK_N=_KEYS,
+            BLOCK_S=_padded(budget.sinks), COUNT=COUNT, TILES=_TILES, **shared,
         )  # fmt: skip
     vectors = (grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype))
     if call.law == "dot":
@@ -186,6 +184,30 @@ def _backward(
     return (*vectors, of_strength, of_softening, of_radius)
 
 
+def _of_sinks(
+    tensors: tuple, given: tuple, call: Call, shared: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the first keys `[B, G, BLOCK_S, D]` and values as sinks, where all rows of a
+    batch row have the same: every row adds to them, too many for one program."""
+    q, k, v, _, _, _ = tensors
+    first, sinks = call.first, call.selection.budget.sinks
+    if first.shape[1] > 1 or sinks == 0:
+        return None, None
+    batch, heads, queries, width = q.shape
+    key_heads, keys, width_v = v.shape[1:]
+    tiles = triton.cdiv(queries * (heads // key_heads), TILE)
+    shares, size = triton.cdiv(tiles, _SHARE), _padded(sinks)
+    sunk_k, sunk_v = (
+        torch.empty(shares, batch, key_heads, size, w, dtype=torch.float32, device=q.device)
+        for w in (width, width_v)
+    )
+    sink_gradient_kernel[(shares, batch * key_heads)](
+        *tensors, *given, first, call.last, call.allowed, sunk_k, sunk_v, *_strides(q, k, v),
+        queries, keys, key_heads, tiles, BLOCK_S=size, COUNT=COUNT, SHARE=_SHARE, **shared,
+    )  # fmt: skip
+    return sunk_k.sum(0), sunk_v.sum(0)
+
+
 def _ends(call: Call, groups: int) -> Tensor:
     """Int32 `[4, B, tiles]`: of `TILE` rows each the lowest and the highest key of their windows,
     and of their sinks; none where nobody sees anything."""
@@ -193,8 +215,10 @@ def _ends(call: Call, groups: int) -> Tensor:
     last = call.last
     first = call.first.expand(last.shape)
     nothing = last < 0
-    low = torch.maximum(first, last - budget.window + 1).masked_fill(nothing, keys)
-    sinks = torch.minimum(first + budget.sinks - 1, last - budget.window)
+    low = torch.maximum(first, last - budget.window + 1)
+    low = torch.where(last - first < budget.dense_length, first, low)
+    sinks = torch.minimum(first + budget.sinks - 1, low - 1)
+    low = low.masked_fill(nothing, keys)
     tops = (last, sinks.masked_fill(nothing, -1))
     missing = -last.shape[1] * groups % TILE
 

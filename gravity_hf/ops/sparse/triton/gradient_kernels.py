@@ -1,5 +1,6 @@
-"""Three kernels of the gradient: each block with the queries that chose it, each query with its
-window, its sinks and its parts, and each key with the queries in whose window or sinks it lies.
+"""Four kernels of the gradient: each block with the queries that chose it, each query with its
+window, its sinks and its parts, the sinks with all queries, and each key with the queries in whose
+window it lies.
 
 Weights are computed again from the logarithms of the rows' sums. Every sum has one owner and one
 order: nothing is added up by atomic operations, so that a gradient is the same to the last bit
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import law_scores, load_keys, load_rows, multiply, squares
+from .kernels import law_scores, load_keys, load_rows, multiply, near_from, squares
 
 # A power of two, for all of `Terms`.
 COUNT = 8
@@ -104,12 +105,12 @@ def pair_gradients(
 
 @triton.jit
 def to_vectors(toward, others, LAW: tl.constexpr, NATIVE: tl.constexpr):
-    """`toward [n, m]` times `others [m, width]`; of squared distances in float32: near vectors are
-    what is left of large sums."""
+    """`toward [n, m]` times `others [m, width]`; of squared distances as exactly as in float32, by
+    parts that tensor cores take: near vectors are what is left of large sums."""
     if LAW == "dot":
         return multiply(toward.to(others.dtype), others, NATIVE)
     else:
-        return -2.0 * multiply(toward, others.to(tl.float32), NATIVE)
+        return -2.0 * tl.dot(toward, others.to(tl.float32), input_precision="tf32x3")
 
 
 @triton.jit
@@ -134,10 +135,10 @@ def block_gradient_kernel(
     allowed, origin, part_q, part_terms, grad_k, grad_v, stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, queries, keys, blocks,
     key_heads, first_rows, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr, HAS_ORIGIN: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr,
+    LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_ORIGIN: tl.constexpr,
+    NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
 ):
     """Program: a block of a batch row and key head. grad_k `[B, G, Tk, D]`, grad_v; part_q
     `[places, D]` and part_terms `[places, COUNT]`: float32."""
@@ -230,7 +231,7 @@ def query_gradient_kernel(
     q, k, v, strength, softening, radius, grad, log_sums, shifts, places, first, last, allowed,
     part_q, part_terms, grad_q, terms, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh,
     stride_kt, stride_vb, stride_vh, stride_vt, queries, keys, key_heads, first_rows, choices,
-    GROUPS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    GROUPS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, DENSE: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr,
     LAW: tl.constexpr, LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr, NATIVE: tl.constexpr,
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COUNT: tl.constexpr,
@@ -255,7 +256,7 @@ def query_gradient_kernel(
     own = tl.load(last + batch * queries + time)
     begin = tl.load(first + batch * first_rows + tl.minimum(time, first_rows - 1))
     begin = tl.where(own < 0, keys, begin)
-    lowest = tl.maximum(begin, own - WINDOW + 1)
+    lowest = near_from(own, begin, WINDOW, DENSE)
     k += batch * stride_kb + head.to(tl.int64) * stride_kh
     v += batch * stride_vb + head.to(tl.int64) * stride_vh
     of_query = tl.zeros([TILE, WIDTH_PAD], tl.float32)
@@ -277,7 +278,7 @@ def query_gradient_kernel(
         if HAS_ALLOWED:
             fits = fits & (tl.load(allowed + batch * keys + key, mask=fits, other=0) != 0)
         meant = (key[None, :] >= begin[:, None]) & (key[None, :] < begin[:, None] + SINKS)
-        meant = meant & (key[None, :] <= own[:, None] - WINDOW)
+        meant = meant & (key[None, :] < lowest[:, None])
         of_query, sums = add_near(
             of_query, sums, query, query_sq, strengths, softenings, given, log_sum, shift, k, v,
             key, fits, meant, stride_kt, stride_vt, WIDTH, WIDTH_V, WIDTH_PAD, WIDTH_V_PAD, LAW,
@@ -300,18 +301,107 @@ def query_gradient_kernel(
 
 
 @triton.jit
+def add_to_keys(
+    of_keys, of_values, sums, q, strength, softening, radius, grad, log_sums, shifts, first, last,
+    tile, batch, head, key, key_rows, key_sq, values, fits, stride_qh, stride_qt, queries,
+    key_heads, first_rows, GROUPS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    DENSE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr, NATIVE: tl.constexpr,
+    TILE: tl.constexpr, COUNT: tl.constexpr, NEAR: tl.constexpr, SUNK: tl.constexpr,
+):
+    """What a tile of rows adds to keys that lie in its windows (NEAR) or are its sinks (SUNK)."""
+    rows = tile * TILE + tl.arange(0, TILE)
+    alive = rows < queries * GROUPS
+    rows = tl.minimum(rows, queries * GROUPS - 1)
+    query, query_sq, strengths, softenings = load_rows(
+        q, rows, alive, head, strength, softening, radius, stride_qh, stride_qt, GROUPS, WIDTH,
+        WIDTH_PAD, LAW, LIFTED,
+    )
+    given, log_sum, shift, _ = load_given(
+        grad, log_sums, shifts, batch, head, key_heads, rows, alive, queries, GROUPS, WIDTH_V,
+        WIDTH_V_PAD,
+    )
+    time = rows // GROUPS
+    own = tl.load(last + batch * queries + time)[:, None]
+    begin = tl.load(first + batch * first_rows + tl.minimum(time, first_rows - 1))[:, None]
+    lowest = near_from(own, begin, WINDOW, DENSE)
+    meant = fits[None, :] & alive[:, None] & (key[None, :] >= begin)
+    near = (key[None, :] >= lowest) & (key[None, :] <= own)
+    sunk = (key[None, :] < begin + SINKS) & (key[None, :] < lowest)
+    meant = meant & ((near & NEAR) | (sunk & SUNK))
+    weight, toward, _ = pair_gradients(
+        tl.zeros([TILE, COUNT], tl.float32), query, query_sq, strengths, softenings, given,
+        log_sum, shift, key_rows, key_sq, values, meant, LAW, LIFTED, NATIVE, COUNT,
+    )
+    of_values += multiply(tl.trans(weight).to(given.dtype), given, NATIVE)
+    of_keys += to_vectors(tl.trans(toward), query, LAW, NATIVE)
+    if LAW != "dot":
+        sums += tl.sum(toward, 0)
+    return of_keys, of_values, sums
+
+
+@triton.jit
+def sink_gradient_kernel(
+    q, k, v, strength, softening, radius, grad, log_sums, shifts, first, last, allowed, sunk_k,
+    sunk_v, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh,
+    stride_vt, queries, keys, key_heads, row_tiles, GROUPS: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
+    COUNT: tl.constexpr, SHARE: tl.constexpr,
+):
+    """Program: `SHARE` tiles of rows of a batch row and key head, whose sinks are all the same.
+    sunk_k float32 `[shares, B, G, BLOCK_S, D]`, sunk_v: what they add to those."""
+    head_of_batch = tl.program_id(1)
+    batch = (head_of_batch // key_heads).to(tl.int64)
+    head = head_of_batch % key_heads
+    inside = tl.arange(0, BLOCK_S)
+    key = tl.load(first + batch) + inside
+    fits = (inside < SINKS) & (key < keys)
+    if HAS_ALLOWED:
+        fits = fits & (tl.load(allowed + batch * keys + key, mask=fits, other=0) != 0)
+    base = k + batch * stride_kb + head.to(tl.int64) * stride_kh
+    key_rows = load_keys(base, key, fits, stride_kt, WIDTH, WIDTH_PAD)
+    base = v + batch * stride_vb + head.to(tl.int64) * stride_vh
+    values = load_keys(base, key, fits, stride_vt, WIDTH_V, WIDTH_V_PAD)
+    key_sq = squares(key_rows, LAW)
+    of_keys = tl.zeros([BLOCK_S, WIDTH_PAD], tl.float32)
+    of_values = tl.zeros([BLOCK_S, WIDTH_V_PAD], tl.float32)
+    sums = tl.zeros([BLOCK_S], tl.float32)
+    start = tl.program_id(0) * SHARE
+    for tile in range(start, tl.minimum(start + SHARE, row_tiles)):
+        of_keys, of_values, sums = add_to_keys(
+            of_keys, of_values, sums, q + batch * stride_qb, strength, softening, radius, grad,
+            log_sums, shifts, first, last, tile, batch, head, key, key_rows, key_sq, values, fits,
+            stride_qh, stride_qt, queries, key_heads, 1, GROUPS, WINDOW, SINKS, DENSE, WIDTH,
+            WIDTH_V, WIDTH_PAD, WIDTH_V_PAD, LAW, LIFTED, NATIVE, TILE, COUNT, False, True,
+        )
+    if LAW != "dot" and not LIFTED:
+        of_keys += 2.0 * sums[:, None] * key_rows.to(tl.float32)
+    column = tl.arange(0, WIDTH_PAD)
+    share = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head_of_batch
+    at = (share * BLOCK_S + inside)[:, None]
+    tl.store(sunk_k + at * WIDTH + column[None, :], of_keys, mask=(column < WIDTH)[None, :])
+    column_v = tl.arange(0, WIDTH_V_PAD)
+    wide = (column_v < WIDTH_V)[None, :]
+    tl.store(sunk_v + at * WIDTH_V + column_v[None, :], of_values, mask=wide)
+
+
+@triton.jit
 def key_gradient_kernel(
     q, k, v, strength, softening, radius, grad, log_sums, shifts, first, last, allowed, ends,
-    grad_k, grad_v, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb,
-    stride_vh, stride_vt, queries, keys, key_heads, first_rows, row_tiles, all_tiles,
-    GROUPS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr,
-    LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
+    sunk_k, sunk_v, grad_k, grad_v, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh,
+    stride_kt, stride_vb, stride_vh, stride_vt, queries, keys, key_heads, first_rows, row_tiles,
+    all_tiles, GROUPS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    DENSE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    COUNT: tl.constexpr, TILES: tl.constexpr,
 ):
     """Program: `BLOCK_N` keys of a batch row and key head, to whose gradients in grad_k and grad_v
     those of windows and sinks are added. ends: int32 `[4, B, row_tiles]`, of `TILE` rows the lowest
-    and highest key of their windows, and of their sinks."""
+    and highest key of their windows, and of their sinks. sunk_k `[B, G, BLOCK_S, D]` and sunk_v:
+    of the sinks, where those of all rows are the same; None: they are not."""
     head_of_batch = tl.program_id(1)
     batch = (head_of_batch // key_heads).to(tl.int64)
     head = head_of_batch % key_heads
@@ -329,46 +419,44 @@ def key_gradient_kernel(
     of_keys = tl.zeros([BLOCK_N, WIDTH_PAD], tl.float32)
     of_values = tl.zeros([BLOCK_N, WIDTH_V_PAD], tl.float32)
     sums = tl.zeros([BLOCK_N], tl.float32)
-    for tile in range(0, row_tiles):
-        at = ends + batch * row_tiles + tile
-        near = (tl.load(at) < start + BLOCK_N) & (tl.load(at + all_tiles) >= start)
-        sink = tl.load(at + 2 * all_tiles) < start + BLOCK_N
-        sink = sink & (tl.load(at + 3 * all_tiles) >= start)
-        if near | sink:
-            rows = tile * TILE + tl.arange(0, TILE)
-            alive = rows < queries * GROUPS
-            rows = tl.minimum(rows, queries * GROUPS - 1)
-            query, query_sq, strengths, softenings = load_rows(
-                q + batch * stride_qb, rows, alive, head, strength, softening, radius,
-                stride_qh, stride_qt, GROUPS, WIDTH, WIDTH_PAD, LAW, LIFTED,
-            )
-            given, log_sum, shift, _ = load_given(
-                grad, log_sums, shifts, batch, head, key_heads, rows, alive, queries, GROUPS,
-                WIDTH_V, WIDTH_V_PAD,
-            )
-            time = rows // GROUPS
-            own = tl.load(last + batch * queries + time)[:, None]
-            begin = tl.load(first + batch * first_rows + tl.minimum(time, first_rows - 1))[:, None]
-            meant = (key[None, :] > own - WINDOW) & (key[None, :] <= own)
-            few = (key[None, :] < begin + SINKS) & (key[None, :] <= own - WINDOW)
-            meant = (meant | few) & (key[None, :] >= begin) & fits[None, :] & alive[:, None]
-            weight, toward, _ = pair_gradients(
-                tl.zeros([TILE, COUNT], tl.float32), query, query_sq, strengths, softenings, given,
-                log_sum, shift, key_rows, key_sq, values, meant, LAW, LIFTED, NATIVE, COUNT,
-            )
-            of_values += multiply(tl.trans(weight).to(given.dtype), given, NATIVE)
-            of_keys += to_vectors(tl.trans(toward), query, LAW, NATIVE)
-            if LAW != "dot":
-                sums += tl.sum(toward, 0)
+    # The first and the last tile of rows that these keys can matter to.
+    lowest, highest = row_tiles, -1
+    for at in range(0, row_tiles, TILES):
+        tile = at + tl.arange(0, TILES)
+        span = ends + batch * row_tiles + tile
+        inside = tile < row_tiles
+        near = inside & (tl.load(span, mask=inside, other=0) < start + BLOCK_N)
+        near = near & (tl.load(span + all_tiles, mask=inside, other=-1) >= start)
+        if sunk_k is None:
+            sink = inside & (tl.load(span + 2 * all_tiles, mask=inside, other=0) < start + BLOCK_N)
+            sink = sink & (tl.load(span + 3 * all_tiles, mask=inside, other=-1) >= start)
+            near = near | sink
+        lowest = tl.minimum(lowest, tl.min(tl.where(near, tile, row_tiles), 0))
+        highest = tl.maximum(highest, tl.max(tl.where(near, tile, -1), 0))
+    for tile in range(lowest, highest + 1):
+        of_keys, of_values, sums = add_to_keys(
+            of_keys, of_values, sums, q + batch * stride_qb, strength, softening, radius, grad,
+            log_sums, shifts, first, last, tile, batch, head, key, key_rows, key_sq, values, fits,
+            stride_qh, stride_qt, queries, key_heads, first_rows, GROUPS, WINDOW, SINKS, DENSE,
+            WIDTH, WIDTH_V, WIDTH_PAD, WIDTH_V_PAD, LAW, LIFTED, NATIVE, TILE, COUNT, True,
+            sunk_k is None,
+        )
     if LAW != "dot" and not LIFTED:
         of_keys += 2.0 * sums[:, None] * key_rows.to(tl.float32)
     column = tl.arange(0, WIDTH_PAD)
-    at = (head_of_batch.to(tl.int64) * keys + key)[:, None]
+    column_v = tl.arange(0, WIDTH_V_PAD)
     wide = real[:, None] & (column < WIDTH)[None, :]
+    wide_v = real[:, None] & (column_v < WIDTH_V)[None, :]
+    if sunk_k is not None:
+        place = key - tl.load(first + batch)
+        sink = ((place >= 0) & (place < SINKS))[:, None]
+        at = (head_of_batch * BLOCK_S + place)[:, None]
+        of_keys += tl.load(sunk_k + at * WIDTH + column[None, :], mask=wide & sink, other=0.0)
+        at = at * WIDTH_V + column_v[None, :]
+        of_values += tl.load(sunk_v + at, mask=wide_v & sink, other=0.0)
+    at = (head_of_batch.to(tl.int64) * keys + key)[:, None]
     place = grad_k + at * WIDTH + column[None, :]
     tl.store(place, of_keys + tl.load(place, mask=wide, other=0.0), mask=wide)
-    column_v = tl.arange(0, WIDTH_V_PAD)
-    wide = real[:, None] & (column_v < WIDTH_V)[None, :]
     place = grad_v + at * WIDTH_V + column_v[None, :]
-    tl.store(place, of_values + tl.load(place, mask=wide, other=0.0), mask=wide)
+    tl.store(place, of_values + tl.load(place, mask=wide_v, other=0.0), mask=wide_v)
 # fmt: on

@@ -81,20 +81,26 @@ def squares(x, LAW: tl.constexpr):
 
 
 @triton.jit
+def near_from(own, begin, WINDOW: tl.constexpr, DENSE: tl.constexpr):
+    """The first key of a row's window, which holds all keys where they are few."""
+    return tl.where(own - begin < DENSE, begin, tl.maximum(begin, own - WINDOW + 1))
+
+
+@triton.jit
 def tile_kernel(
-    q, k, v, strength, softening, radius, rows_of, block_of, first, last, allowed, origin,
+    q, k, v, strength, softening, radius, rows_of, block_of, edges, first, last, allowed, origin,
     outputs, highest, sums, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, queries, keys, blocks, every, key_heads, first_rows,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr,
-    LAW: tl.constexpr, LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_ORIGIN: tl.constexpr,
-    NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    DENSE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    HAS_ORIGIN: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Program: a tile. first `[B, first_rows]`, last `[B, Tq]`, origin `[B]` int32; allowed bool
     `[B, Tk]`."""
     tile = tl.program_id(0)
-    code = tl.load(block_of + tile)
-    if code < every:
+    if tile < tl.load(edges + every):
+        code = tl.load(block_of + tile)
         head_of_batch = code // blocks
         block = code % blocks
         batch = head_of_batch // key_heads
@@ -171,10 +177,10 @@ def merge_kernel(
     q, k, v, strength, softening, radius, places, first, last, allowed, outputs, highest, sums,
     out, log_sums, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb,
     stride_vh, stride_vt, queries, keys, key_heads, first_rows, choices, GROUPS: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr,
+    LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """Program: `TILE` rows of a batch row and key head. out `[B, G * GROUPS, Tq, Dv]`; log_sums
     `[B, G * GROUPS, Tq]`, the logarithms of the sums of weights, infinite where a row sees
@@ -193,7 +199,7 @@ def merge_kernel(
     own = tl.load(last + batch * queries + time)
     begin = tl.load(first + batch * first_rows + tl.minimum(time, first_rows - 1))
     begin = tl.where(own < 0, keys, begin)
-    lowest = tl.maximum(begin, own - WINDOW + 1)
+    lowest = near_from(own, begin, WINDOW, DENSE)
     k += batch * stride_kb + head.to(tl.int64) * stride_kh
     v += batch * stride_vb + head.to(tl.int64) * stride_vh
     top = tl.full([TILE], -float("inf"), tl.float32)
@@ -216,7 +222,7 @@ def merge_kernel(
         if HAS_ALLOWED:
             fits = fits & (tl.load(allowed + batch * keys + key, mask=fits, other=0) != 0)
         meant = (key[None, :] >= begin[:, None]) & (key[None, :] < begin[:, None] + SINKS)
-        meant = meant & (key[None, :] <= own[:, None] - WINDOW)
+        meant = meant & (key[None, :] < lowest[:, None])
         top, total, output = add_keys(
             top, total, output, query, query_sq, strengths, softenings, k, v, key, fits, meant,
             stride_kt, stride_vt, WIDTH, WIDTH_V, WIDTH_PAD, WIDTH_V_PAD, LAW, LIFTED, NATIVE,

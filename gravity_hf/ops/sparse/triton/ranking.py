@@ -97,10 +97,7 @@ def best_blocks(
     batch, key_heads, queries, blocks = scores.shape
     padded = triton.next_power_of_2(max(blocks, 2))
     rows = max(1, min(64, _HELD // padded))
-    first = seen.first.expand(batch, -1).to(torch.int32).contiguous()
-    last = seen.last.expand(batch, queries).to(torch.int32).contiguous()
-    origin = seen.origin
-    origin = None if origin is None else origin.expand(batch).to(torch.int32).contiguous()
+    first, last, origin = seen.as_int32(batch)
     if whole is not None:
         whole = whole.expand(batch, -1, -1).contiguous().view(torch.uint8)
     with torch.cuda.device_of(scores):

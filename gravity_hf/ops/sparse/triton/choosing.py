@@ -1,0 +1,142 @@
+"""Scores of blocks and the choice of the best, in one kernel: no row of scores leaves it.
+
+A program goes through the blocks a few at a time and keeps the best so far of each of its queries.
+A score and its block are one integer, so that ties go to the later block, as in `..selecting`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..budget import KeyBudget
+from ..visibility import Visibility
+from .kernels import load_keys
+
+# Queries of a program, and blocks that it looks at together.
+_ROWS, _BLOCKS = 32, 64
+
+
+# fmt: off
+@triton.jit
+def floor_divide(x, y: tl.constexpr):
+    """Triton's own division rounds towards 0."""
+    return tl.where(x < 0, -((y - 1 - x) // y), x // y)
+
+
+@triton.jit
+def ranked(score, block):
+    """int64 in the order of float32 scores `[rows, blocks]`, and of blocks where scores are equal;
+    above -2^63 + 2^31."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return rank * 4294967296 + block[None, :]
+
+
+@triton.jit
+def choose_kernel(
+    q, means, first, last, whole, origin, chosen, stride_qb, stride_qh, stride_qt, stride_mb,
+    stride_mh, stride_mt, queries, blocks, first_rows, whole_rows, key_heads, places,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    COUNT: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    NEAREST: tl.constexpr, HAS_WHOLE: tl.constexpr, HAS_ORIGIN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, PLACES: tl.constexpr,
+):
+    """Program: `ROWS` queries of a batch row and key head. chosen int64 `[B, G, Tq, places]`, all
+    of which are written: the best blocks, or all of a query that sees few keys, then -1."""
+    lead = tl.program_id(1)
+    batch, head = (lead // key_heads).to(tl.int64), (lead % key_heads).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    alive = row < queries
+    row = tl.minimum(row, queries - 1)
+    begin = tl.load(first + batch * first_rows + tl.minimum(row, first_rows - 1))
+    own = tl.load(last + batch * queries + row)
+    zero = 0
+    if HAS_ORIGIN:
+        zero = tl.load(origin + batch)
+    column = tl.arange(0, WIDTH_PAD)
+    query = tl.zeros([ROWS, WIDTH_PAD], tl.float32)
+    rows = q + batch * stride_qb + row.to(tl.int64)[:, None] * stride_qt + column[None, :]
+    for member in range(0, GROUPS):
+        offset = (head * GROUPS + member) * stride_qh
+        query += tl.load(rows + offset, mask=(column < WIDTH)[None, :], other=0.0).to(tl.float32)
+    query = query / GROUPS
+    place = tl.arange(0, PLACES).to(tl.int64)[None, :]
+    # Empty places are below every score, and each for itself; those that are none above.
+    empty = tl.where(place < COUNT, -9223372036854775807 + place, 9223372036854775807)
+    best = tl.zeros([ROWS, PLACES], tl.int64) + empty
+    means += batch * stride_mb + head * stride_mh
+    before_window = tl.max(own) - WINDOW + 1 - zero
+    if COUNT > 0:
+        for start in range(0, tl.minimum(blocks, (before_window + SIZE - 1) // SIZE), BLOCKS):
+            block = start + tl.arange(0, BLOCKS)
+            mean = load_keys(means, block, block < blocks, stride_mt, WIDTH, WIDTH_PAD)
+            score = tl.dot(query, tl.trans(mean), input_precision="tf32x3")
+            if NEAREST:
+                score = 2.0 * score - tl.sum(mean * mean, 1)[None, :]
+            low = (zero + block * SIZE)[None, :]
+            fits = (block < blocks)[None, :] & (low >= begin[:, None])
+            fits = fits & (low + SIZE > begin[:, None] + SINKS)
+            fits = fits & (low + SIZE <= own[:, None] + 1) & (low <= own[:, None] - WINDOW)
+            if HAS_WHOLE:
+                flags = batch * whole_rows + tl.minimum(row, whole_rows - 1)
+                at = whole + flags[:, None] * blocks + block[None, :]
+                fits = fits & (tl.load(at, mask=(block < blocks)[None, :], other=0) != 0)
+            rank = tl.where(fits, ranked(score, block), -9223372036854775808)
+            more = 1
+            while more > 0:
+                top = tl.max(rank, 1)[:, None]
+                worst = tl.min(best, 1)[:, None]
+                better = top > worst
+                best = tl.where(better & (best == worst), top, best)
+                rank = tl.where(rank == top, -9223372036854775808, rank)
+                more = tl.max(tl.max(better.to(tl.int32), 1), 0)
+    filled = (place < COUNT) & (best > -9223372036854775807 + PLACES)
+    value = tl.where(filled, best & 0xFFFFFFFF, -1)
+    few = (own - begin < DENSE)[:, None]
+    listed = floor_divide(begin - zero, SIZE)[:, None] + place
+    listed = tl.where(listed <= floor_divide(own - WINDOW - zero, SIZE)[:, None], listed, -1)
+    value = tl.where(few, listed, value)
+    to = (lead.to(tl.int64) * queries + row)[:, None] * places + place
+    tl.store(chosen + to, value, mask=alive[:, None] & (place < places))
+# fmt: on
+
+
+def choose_blocks(
+    screen_q: Tensor,
+    means: Tensor,
+    seen: Visibility,
+    whole: Tensor | None,
+    budget: KeyBudget,
+    metric: str,
+    places: int,
+) -> Tensor:
+    """int64 `[B, G, Tq, places]`: `Selection.blocks`.
+
+    screen_q: `[B, H, Tq, ds]`. means: float32 `[B, G, blocks, ds]`. whole: bool `[B|1, Tq|1,
+    blocks]`, blocks without hidden keys; None: all.
+    """
+    batch, key_heads, blocks, width = means.shape
+    heads, queries = screen_q.shape[1:3]
+    padded = max(16, triton.next_power_of_2(width))
+    screen_q, means = (x if x.stride(3) == 1 else x.contiguous() for x in (screen_q, means))
+    first, last, origin = seen.as_int32(batch)
+    if whole is not None:
+        whole = whole.expand(batch, -1, -1).contiguous().view(torch.uint8)
+    chosen = torch.empty(
+        batch, key_heads, queries, places, dtype=torch.int64, device=screen_q.device
+    )
+    with torch.cuda.device_of(screen_q):
+        choose_kernel[(triton.cdiv(queries, _ROWS), batch * key_heads)](
+            screen_q, means, first, last, whole, origin, chosen, *screen_q.stride()[:3],
+            *means.stride()[:3], queries, blocks, first.shape[1],
+            1 if whole is None else whole.shape[1], key_heads, places,
+            GROUPS=heads // key_heads, SIZE=budget.block_size, WINDOW=budget.window,
+            SINKS=budget.sinks, COUNT=min(budget.chosen_blocks, blocks),
+            DENSE=budget.dense_length, WIDTH=width, WIDTH_PAD=padded, NEAREST=metric == "distance",
+            HAS_WHOLE=whole is not None, HAS_ORIGIN=origin is not None, ROWS=_ROWS, BLOCKS=_BLOCKS,
+            PLACES=triton.next_power_of_2(max(places, 2)), num_warps=4,
+        )  # fmt: skip
+    return chosen
