@@ -15,7 +15,7 @@ from belief_report import (
     restore_table,
     routing_table,
 )
-from table_text import NONE, contents, experiment_conditions, markdown, result_json
+from table_text import NONE, experiment_conditions, markdown, result_json
 
 # Of the numbers of active beliefs, what a README has room for.
 _ACTIVE = ("1", "2", "5", "10", "20", "100")
@@ -75,13 +75,8 @@ def beliefs(folder: Path) -> str:
 
 
 def interference(folder: Path) -> str:
-    """The first ten facts' answers as more beliefs become active; a part for each file."""
-    command = "scripts/experiments/belief_interference.py --base DIR"
-    found = contents(folder, "belief_interference", command, ("", "projected"))
-    return "\n".join(map(_interference_part, found))
-
-
-def _interference_part(content: dict[str, Any]) -> str:
+    """The first ten facts' answers as more beliefs become active."""
+    content = _content(folder, "belief_interference")
     headers, rows = interference_table(content)
     kinds = dict.fromkeys(unit["kind"] for unit in content["units"])
     run = [
@@ -100,13 +95,8 @@ def restore(folder: Path) -> str:
 
 
 def routing(folder: Path) -> str:
-    """Routers on the same queries, and what is built on the default one; a part for each file."""
-    command = "scripts/experiments/belief_routing.py --base DIR"
-    found = contents(folder, "belief_routing", command, ("", "cpu"))
-    return "\n".join(map(_routing_part, found))
-
-
-def _routing_part(content: dict[str, Any]) -> str:
+    """Routers on the same queries, and what is built on the default one."""
+    content = _content(folder, "belief_routing")
     units, summary = content["units"], content["summary"]
     parts = [
         _routers(content),
@@ -190,13 +180,18 @@ def _few_shot(summary: dict[str, Any], units: list[dict[str, Any]]) -> str:
     found = summary.get("few_shot", {})
     if not found:
         return ""
-    measures = ("memorised", "paraphrases", "unseen")
-    table = []
+    cells: dict[str, dict[str, str]] = {}
     for name, values in found.items():
         method, _, count = name.rpartition(" ")
-        means = (values[measure].get("mean") for measure in measures)
-        cells = [NONE if mean is None else f"{mean:.0%}" for mean in means]
-        table.append([f"{method.replace('_', ' ')}, {count} facts", *cells])
+        cells.setdefault(method.replace("_", " "), {})[count] = _three(values)
+    counts = list(dict.fromkeys(name.rpartition(" ")[2] for name in found))
+    table = [[method, *(row.get(count, NONE) for count in counts)] for method, row in cells.items()]
     own = [unit for unit in units if unit["part"] == "few_shot"]
-    headers = ["taught", "trained prompts", "held-out paraphrases", "facts never shown"]
-    return "\n" + markdown(headers, table) + f"\n{_seeds(own).capitalize()}.\n"
+    headers = ["taught", *(f"{count} facts" for count in counts)]
+    said = "First tokens that are right: trained prompts / held-out paraphrases / facts never shown"
+    return "\n" + markdown(headers, table) + f"\n{said}; {_seeds(own)}.\n"
+
+
+def _three(values: dict[str, Any]) -> str:
+    means = (values[measure].get("mean") for measure in ("memorised", "paraphrases", "unseen"))
+    return " / ".join(NONE if mean is None else f"{mean:.0%}" for mean in means)

@@ -135,7 +135,7 @@ def few_shot_sweep(
         facts: what is drawn from. For every seed the facts are shuffled; the last `hidden` are
             never shown, and of the others the first `count` are.
         seeds: of the draws and of the first factors; at least five for numbers to publish.
-        config: of the encoder and, as far as it applies, of the LoRA. Its prompts for training and
+        config: of the encoder and, but for the rate, of the LoRA. Its prompts for training and
             those left for measuring are disjoint.
         progress: called with a line of text before each draw.
 
@@ -236,7 +236,7 @@ class _Draw:
         return encoder.encode_together(self.shown, progress=False)[0].delta
 
     def _fine_tuned(self) -> LowRankDelta:
-        return lora_control(self.model, self.tokenizer, self.shown, self.config)
+        return lora_control(self.model, self.tokenizer, self.shown, self.config).delta
 
     @staticmethod
     def _timed(make: Callable[[], Any]) -> tuple[Any, float]:

@@ -1,4 +1,5 @@
-"""Plain fine-tuning with a LoRA, to compare deltas with: the same maps, numbers and texts.
+"""Plain fine-tuning with a LoRA, to compare deltas with: the same maps, numbers and texts, and the
+learning rate that suits it best.
 
 What it lacks is what deltas add to it: one update for each fact, a loss on the answers alone, and
 prompts that must not change.
@@ -6,6 +7,7 @@ prompts that must not change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +26,17 @@ from .facts import Fact
 from .targets import base_model, in_out_features, target_modules
 
 _ONLY = "lora"
+# Rates that are tried: what suits the encoder can be too much or too little for plain fine-tuning.
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+class LoraControl(NamedTuple):
+    """The update, the rate that it was trained with, and the loss on its own texts in nats per
+    token."""
+
+    delta: LowRankDelta
+    learning_rate: float
+    loss: float
 
 
 class Texts(NamedTuple):
@@ -41,45 +54,69 @@ def lora_control(
     *,
     rank: int | None = None,
     seed: int | None = None,
-) -> LowRankDelta:
+    learning_rates: Sequence[float] = LEARNING_RATES,
+) -> LoraControl:
     """One update of the maps of `config`, trained on the texts of all facts together.
 
-    The loss is that of next tokens over whole texts, the optimiser Adam with the steps and the
-    learning rate of `config`. The base stays as it is.
+    The loss is that of next tokens over whole texts, the optimiser Adam with the steps of `config`.
+    It is trained anew with every rate, and the one with the least loss on these texts is kept: a
+    control that was badly tuned would be none. The base stays as it is.
 
     Args:
         facts: at least one; those of their prompts are used that `config` would train on.
         rank: `config.rank` times the number of facts if not given, so that it has as many
             parameters as one delta for each fact; at most what the maps can have.
         seed: of the first factors; that of `config` if not given.
+        learning_rates: at least one.
 
     Raises:
-        ValidationError: no facts, or an answer that the tokenizer cannot write.
+        ValidationError: no facts, no rates, or an answer that the tokenizer cannot write.
     """
     config = config or EncodingConfig()
-    if not facts:
-        raise ValidationError("lora_control: expected at least one fact, got none")
+    for name, given in (("fact", facts), ("learning rate", learning_rates)):
+        if not given:
+            raise ValidationError(f"lora_control: expected at least one {name}, got none")
     device = execution_device(model) or torch.device("cpu")
     texts = Texts(*(x.to(device) for x in _texts(tokenizer, facts, config)))
     names = target_modules(model, config.layers, config.targets)
     rank = config.rank * len(facts) if rank is None else rank
-    factors = _initial(model, names, rank, config.seed if seed is None else seed)
+    seed = config.seed if seed is None else seed
+    found = (
+        _trained(model, texts, _initial(model, names, rank, seed), config.steps, learning_rate)
+        for learning_rate in learning_rates
+    )
+    # What is no number is not the least.
+    return min(found, key=lambda one: (math.isnan(one.loss), one.loss))
+
+
+def _trained(
+    model: nn.Module,
+    texts: Texts,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    steps: int,
+    learning_rate: float,
+) -> LoraControl:
     bank = DeltaBank(model, trainable=True)
     bank.add(_ONLY, LowRankDelta(factors))
     parameters = [x for pair in factors.values() for x in pair]
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+
+    def loss() -> Tensor:
+        with bank.routed([[_ONLY]]):
+            logits = model(input_ids=texts.ids, attention_mask=texts.mask).logits
+        return _loss(logits, texts)
+
     with in_evaluation(model), torch.inference_mode(False), torch.enable_grad():
-        for _ in range(config.steps):
-            with bank.routed([[_ONLY]]):
-                logits = model(input_ids=texts.ids, attention_mask=texts.mask).logits
+        for _ in range(steps):
             # Of these tensors only: the base may have gradients of its own, which stay.
-            gradients = torch.autograd.grad(_loss(logits, texts), parameters)
+            gradients = torch.autograd.grad(loss(), parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
-    return LowRankDelta(
-        {name: (A.detach().cpu(), B.detach().cpu()) for name, (A, B) in factors.items()}
-    )
+        with torch.no_grad():
+            last = float(loss())
+    delta = {name: (A.detach().cpu(), B.detach().cpu()) for name, (A, B) in factors.items()}
+    return LoraControl(LowRankDelta(delta), learning_rate, last)
 
 
 def _loss(logits: Tensor, texts: Texts) -> Tensor:

@@ -137,7 +137,7 @@ def test_sweeps_that_would_measure_nothing_are_refused(llama, tokenizer, change,
 def test_lora_learns_its_texts_and_leaves_the_base(llama, tokenizer):
     before = {name: x.clone() for name, x in llama.state_dict().items()}
     grads = [p.requires_grad for p in llama.parameters()]
-    delta = lora_control(llama, tokenizer, facts(2), CONFIG.with_changes(steps=30))
+    delta = lora_control(llama, tokenizer, facts(2), CONFIG.with_changes(steps=30)).delta
     bank = DeltaBank(llama)
     bank.add("lora", delta)
     old = evaluate_facts(llama, tokenizer, facts(2))
@@ -146,12 +146,27 @@ def test_lora_learns_its_texts_and_leaves_the_base(llama, tokenizer):
     assert all(torch.equal(x, before[name]) for name, x in llama.state_dict().items())
     assert [p.requires_grad for p in llama.parameters()] == grads
     assert all(p.grad is None for p in llama.parameters())
-    again = lora_control(llama, tokenizer, facts(2), CONFIG.with_changes(steps=30))
+    again = lora_control(llama, tokenizer, facts(2), CONFIG.with_changes(steps=30)).delta
     for name, pair in delta.factors.items():
         assert all(map(torch.equal, pair, again.factors[name]))
         assert pair[0].shape[0] == 2 * CONFIG.rank
 
 
+def test_lora_has_the_rate_that_suits_it(llama, tokenizer):
+    config, rates = CONFIG.with_changes(steps=10), (1e-9, 0.03, 1e-3)
+    alone = {
+        rate: lora_control(llama, tokenizer, facts(2), config, learning_rates=[rate])
+        for rate in rates
+    }
+    best = lora_control(llama, tokenizer, facts(2), config, learning_rates=rates)
+    assert best.learning_rate == 0.03 and best.loss == alone[0.03].loss
+    assert best.loss < alone[1e-3].loss < alone[1e-9].loss
+    for name, pair in best.delta.factors.items():
+        assert all(map(torch.equal, pair, alone[0.03].delta.factors[name]))
+
+
 def test_lora_of_nothing_is_refused(llama, tokenizer):
     with pytest.raises(ValidationError, match="at least one fact"):
         lora_control(llama, tokenizer, [])
+    with pytest.raises(ValidationError, match="at least one learning rate"):
+        lora_control(llama, tokenizer, facts(1), learning_rates=[])

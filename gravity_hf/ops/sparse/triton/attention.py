@@ -22,10 +22,11 @@ from .gradient_kernels import (
     sink_gradient_kernel,
 )
 from .kernels import merge_kernel, tile_kernel
+from .launching import start
 from .routes import TILE, DeviceTiles, device_tiles
 
 # Keys of a program, tiles of rows that a program for sinks takes, and those it looks through.
-_KEYS, _SHARE, _TILES = 64, 8, 512
+_KEYS, _SHARE, _TILES = 32, 8, 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +61,27 @@ class Call:
             "WIDTH_V_PAD": _padded(v.shape[3]),
             "LAW": self.law,
             "LIFTED": radius is not None,
-            "HAS_ALLOWED": self.allowed is not None,
             "NATIVE": not interpreted(),
             "TILE": TILE,
             "num_warps": 4,
         }
+
+    def named(self, tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+        """What all kernels read."""
+        names = ("q", "k", "v", "strength", "softening", "radius")
+        named = dict(zip(names, tensors, strict=True))
+        return {**named, "first": self.first, "last": self.last, "allowed": self.allowed}
+
+    def numbers(self, tensors: tuple[Tensor, ...]) -> dict[str, int]:
+        """Of all kernels."""
+        q, _, v = tensors[:3]
+        strides = {
+            f"stride_{name}{dim}": x.stride(place)
+            for name, x in zip("qkv", tensors[:3], strict=True)
+            for place, dim in enumerate("bht")
+        }
+        sizes = {"queries": q.shape[2], "keys": v.shape[2], "key_heads": v.shape[1]}
+        return {**strides, **sizes, "first_rows": self.first.shape[1]}
 
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, score: Score, selection: Selection) -> Tensor:
@@ -111,26 +128,30 @@ class _Routed(torch.autograd.Function):
 
 
 def _forward(tensors: tuple, call: Call, log_sums: Tensor | None) -> Tensor:
-    q, k, v, _, _, radius = tensors
+    q, _, v, _, _, radius = tensors
     batch, heads, queries, _ = q.shape
-    key_heads, keys, width_v = v.shape[1:]
+    key_heads, _, width_v = v.shape[1:]
     budget, tiles = call.selection.budget, call.tiles
     outputs = v.new_empty(tiles.block.shape[0] * TILE, width_v)
     highest, sums = (v.new_empty(outputs.shape[0], dtype=torch.float32) for _ in range(2))
     out = v.new_empty(batch, heads, queries, width_v)
-    strides, shared = _strides(q, k, v), call.constants(q, v, radius)
-    parts, first = (outputs, highest, sums), call.first
+    shared, numbers = call.constants(q, v, radius), call.numbers(tensors)
+    parts = {"outputs": outputs, "highest": highest, "sums": sums}
     with torch.cuda.device_of(q):
-        tile_kernel[(max(1, tiles.block.shape[0]),)](
-            *tensors, tiles.rows, tiles.block, tiles.edges, first, call.last, call.allowed,
-            call.origin, *parts, *strides, queries, keys, call.blocks,
-            batch * key_heads * call.blocks, key_heads, first.shape[1], SIZE=budget.block_size,
-            HAS_ORIGIN=call.origin is not None, BLOCK_N=_padded(budget.block_size), **shared,
-        )  # fmt: skip
-        merge_kernel[(triton.cdiv(queries * (heads // key_heads), TILE), batch * key_heads)](
-            *tensors, tiles.places, first, call.last, call.allowed, *parts, out, log_sums,
-            *strides, queries, keys, key_heads, first.shape[1], tiles.places.shape[3],
-            BLOCK_N=_KEYS, BLOCK_S=_padded(budget.sinks), **shared,
+        if outputs.shape[0] > 0:
+            start(
+                tile_kernel, (tiles.block.shape[0],),
+                {**call.named(tensors), "rows_of": tiles.rows, "block_of": tiles.block,
+                 "edges": tiles.edges, "origin": call.origin, **parts},
+                {**numbers, "blocks": call.blocks, "every": batch * key_heads * call.blocks},
+                {**shared, "SIZE": budget.block_size, "BLOCK_N": _padded(budget.block_size)},
+            )  # fmt: skip
+        start(
+            merge_kernel, (triton.cdiv(queries * (heads // key_heads), TILE), batch * key_heads),
+            {**call.named(tensors), "places": tiles.places, **parts, "out": out,
+             "log_sums": log_sums},
+            {**numbers, "choices": tiles.places.shape[3]},
+            {**shared, "BLOCK_N": _KEYS, "BLOCK_S": _padded(budget.sinks)},
         )  # fmt: skip
     return out
 
@@ -146,7 +167,7 @@ def _backward(
     single = {"dtype": torch.float32, "device": q.device}
     grad = grad.contiguous()
     shift = (grad.float() * out.float()).sum(-1)
-    given = (grad, log_sums, shift)
+    given = {**call.named(tensors), "grad": grad, "log_sums": log_sums, "shifts": shift}
     places = tiles.block.shape[0] * TILE
     part_q, part_terms = (torch.empty(places, size, **single) for size in (width, COUNT))
     grad_q, terms = (torch.empty(*q.shape[:3], size, **single) for size in (width, COUNT))
@@ -154,26 +175,30 @@ def _backward(
     new = torch.empty if call.origin is None else torch.zeros
     grad_k = new(batch, key_heads, keys, width, **single)
     grad_v = new(batch, key_heads, keys, width_v, **single)
-    first, last, allowed = call.first, call.last, call.allowed
-    strides, shared = _strides(q, k, v), call.constants(q, v, radius)
+    shared, numbers = call.constants(q, v, radius), call.numbers(tensors)
+    shared |= {"COUNT": COUNT, "BLOCK_S": _padded(budget.sinks), "BLOCK_N": _KEYS}
     ends = _ends(call, groups)
+    parts = {"part_q": part_q, "part_terms": part_terms}
+    of_keys = {"grad_k": grad_k, "grad_v": grad_v}
     with torch.cuda.device_of(q):
-        block_gradient_kernel[(batch * key_heads * call.blocks,)](
-            *tensors, *given, tiles.rows, tiles.edges, first, last, allowed, call.origin, part_q,
-            part_terms, grad_k, grad_v, *strides, queries, keys, call.blocks, key_heads,
-            first.shape[1], SIZE=budget.block_size, HAS_ORIGIN=call.origin is not None,
-            BLOCK_N=_padded(budget.block_size), COUNT=COUNT, **shared,
+        start(
+            block_gradient_kernel, (batch * key_heads * call.blocks,),
+            {**given, "rows_of": tiles.rows, "edges": tiles.edges, "origin": call.origin, **parts,
+             **of_keys},
+            {**numbers, "blocks": call.blocks},
+            {**shared, "SIZE": budget.block_size, "BLOCK_N": _padded(budget.block_size)},
         )  # fmt: skip
-        query_gradient_kernel[(triton.cdiv(queries * groups, TILE), batch * key_heads)](
-            *tensors, *given, tiles.places, first, last, allowed, part_q, part_terms, grad_q,
-            terms, *strides, queries, keys, key_heads, first.shape[1], tiles.places.shape[3],
-            BLOCK_N=_KEYS, BLOCK_S=_padded(budget.sinks), COUNT=COUNT, **shared,
+        start(
+            query_gradient_kernel, (triton.cdiv(queries * groups, TILE), batch * key_heads),
+            {**given, "places": tiles.places, **parts, "grad_q": grad_q, "terms": terms},
+            {**numbers, "choices": tiles.places.shape[3]}, shared,
         )  # fmt: skip
-        sunk = _of_sinks(tensors, given, call, shared)
-        key_gradient_kernel[(triton.cdiv(keys, _KEYS), batch * key_heads)](
-            *tensors, *given, first, last, allowed, ends, *sunk, grad_k, grad_v, *strides, queries,
-            keys, key_heads, first.shape[1], ends.shape[2], batch * ends.shape[2], BLOCK_N=_KEYS,
-            BLOCK_S=_padded(budget.sinks), COUNT=COUNT, TILES=_TILES, **shared,
+        sunk = _of_sinks(q, v, call, given, numbers, shared)
+        start(
+            key_gradient_kernel, (triton.cdiv(keys, _KEYS), batch * key_heads),
+            {**given, "ends": ends, **sunk, **of_keys},
+            {**numbers, "row_tiles": ends.shape[2], "all_tiles": batch * ends.shape[2]},
+            {**shared, "TILES": _TILES},
         )  # fmt: skip
     vectors = (grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype))
     if call.law == "dot":
@@ -185,27 +210,31 @@ def _backward(
 
 
 def _of_sinks(
-    tensors: tuple, given: tuple, call: Call, shared: dict[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
+    q: Tensor,
+    v: Tensor,
+    call: Call,
+    given: dict[str, Tensor | None],
+    numbers: dict[str, int],
+    shared: dict[str, Any],
+) -> dict[str, Tensor | None]:
     """Gradients of the first keys `[B, G, BLOCK_S, D]` and values as sinks, where all rows of a
     batch row have the same: every row adds to them, too many for one program."""
-    q, k, v, _, _, _ = tensors
-    first, sinks = call.first, call.selection.budget.sinks
-    if first.shape[1] > 1 or sinks == 0:
-        return None, None
+    sinks = call.selection.budget.sinks
+    if call.first.shape[1] > 1 or sinks == 0:
+        return {"sunk_k": None, "sunk_v": None}
     batch, heads, queries, width = q.shape
-    key_heads, keys, width_v = v.shape[1:]
+    key_heads, _, width_v = v.shape[1:]
     tiles = triton.cdiv(queries * (heads // key_heads), TILE)
     shares, size = triton.cdiv(tiles, _SHARE), _padded(sinks)
-    sunk_k, sunk_v = (
-        torch.empty(shares, batch, key_heads, size, w, dtype=torch.float32, device=q.device)
-        for w in (width, width_v)
-    )
-    sink_gradient_kernel[(shares, batch * key_heads)](
-        *tensors, *given, first, call.last, call.allowed, sunk_k, sunk_v, *_strides(q, k, v),
-        queries, keys, key_heads, tiles, BLOCK_S=size, COUNT=COUNT, SHARE=_SHARE, **shared,
+    sunk = {
+        name: torch.empty(shares, batch, key_heads, size, w, dtype=torch.float32, device=q.device)
+        for name, w in (("sunk_k", width), ("sunk_v", width_v))
+    }
+    start(
+        sink_gradient_kernel, (shares, batch * key_heads), {**given, **sunk},
+        {**numbers, "row_tiles": tiles}, {**shared, "SHARE": _SHARE},
     )  # fmt: skip
-    return sunk_k.sum(0), sunk_v.sum(0)
+    return {name: x.sum(0) for name, x in sunk.items()}
 
 
 def _ends(call: Call, groups: int) -> Tensor:
@@ -229,10 +258,6 @@ def _ends(call: Call, groups: int) -> Tensor:
     lows = [tiled(x, keys).amin(2) for x in (low, first.masked_fill(nothing, keys))]
     highs = [tiled(x, -1).amax(2) for x in tops]
     return torch.stack([lows[0], highs[0], lows[1], highs[1]]).to(torch.int32).contiguous()
-
-
-def _strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    return (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
 
 
 def _terms(q: Tensor, score: Score) -> tuple[Tensor, Tensor | None, Tensor | None]:

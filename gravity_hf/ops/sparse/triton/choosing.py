@@ -1,7 +1,7 @@
 """Scores of blocks and the choice of the best, in one kernel: no row of scores leaves it.
 
 A program goes through the blocks a few at a time and keeps the best so far of each of its queries.
-A score and its block are one integer, so that ties go to the later block, as in `..selecting`.
+Ties go to the later block, as in `..selecting`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 from ..budget import KeyBudget
 from ..visibility import Visibility
 from .kernels import load_keys
+from .launching import start
 
-# Queries of a program, and blocks that it looks at together.
-_ROWS, _BLOCKS = 32, 64
+# Queries of a program, blocks that it looks at together, and warps.
+_ROWS, _BLOCKS, _WARPS = 64, 32, 4
 
 
 # fmt: off
@@ -27,22 +28,12 @@ def floor_divide(x, y: tl.constexpr):
 
 
 @triton.jit
-def ranked(score, block):
-    """int64 in the order of float32 scores `[rows, blocks]`, and of blocks where scores are equal;
-    above -2^63 + 2^31."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    return rank * 4294967296 + block[None, :]
-
-
-@triton.jit
 def choose_kernel(
     q, means, first, last, whole, origin, chosen, stride_qb, stride_qh, stride_qt, stride_mb,
     stride_mh, stride_mt, queries, blocks, first_rows, whole_rows, key_heads, places,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     COUNT: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    NEAREST: tl.constexpr, HAS_WHOLE: tl.constexpr, HAS_ORIGIN: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, PLACES: tl.constexpr,
+    NEAREST: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, PLACES: tl.constexpr,
 ):
     """Program: `ROWS` queries of a batch row and key head. chosen int64 `[B, G, Tq, places]`, all
     of which are written: the best blocks, or all of a query that sees few keys, then -1."""
@@ -54,7 +45,7 @@ def choose_kernel(
     begin = tl.load(first + batch * first_rows + tl.minimum(row, first_rows - 1))
     own = tl.load(last + batch * queries + row)
     zero = 0
-    if HAS_ORIGIN:
+    if origin is not None:
         zero = tl.load(origin + batch)
     column = tl.arange(0, WIDTH_PAD)
     query = tl.zeros([ROWS, WIDTH_PAD], tl.float32)
@@ -63,44 +54,54 @@ def choose_kernel(
         offset = (head * GROUPS + member) * stride_qh
         query += tl.load(rows + offset, mask=(column < WIDTH)[None, :], other=0.0).to(tl.float32)
     query = query / GROUPS
-    place = tl.arange(0, PLACES).to(tl.int64)[None, :]
-    # Empty places are below every score, and each for itself; those that are none above.
-    empty = tl.where(place < COUNT, -9223372036854775807 + place, 9223372036854775807)
-    best = tl.zeros([ROWS, PLACES], tl.int64) + empty
+    place = tl.arange(0, PLACES)[None, :]
+    # The best so far and their scores. Empty places have no score, and each a number of its own;
+    # those that are none are better than all.
+    best = tl.zeros([ROWS, PLACES], tl.int32) + (place - PLACES)
+    value = tl.where(place < COUNT, -float("inf"), float("inf"))
+    value = tl.zeros([ROWS, PLACES], tl.float32) + value
     means += batch * stride_mb + head * stride_mh
     before_window = tl.max(own) - WINDOW + 1 - zero
     if COUNT > 0:
-        for start in range(0, tl.minimum(blocks, (before_window + SIZE - 1) // SIZE), BLOCKS):
-            block = start + tl.arange(0, BLOCKS)
+        for low_block in range(0, tl.minimum(blocks, (before_window + SIZE - 1) // SIZE), BLOCKS):
+            block = low_block + tl.arange(0, BLOCKS)
             mean = load_keys(means, block, block < blocks, stride_mt, WIDTH, WIDTH_PAD)
             score = tl.dot(query, tl.trans(mean), input_precision="tf32x3")
             if NEAREST:
                 score = 2.0 * score - tl.sum(mean * mean, 1)[None, :]
+            # What is no number comes first, and what has no end last of what may be chosen.
+            score = tl.where(score == score, score, float("inf"))
+            score = tl.maximum(score, -3.4028234663852886e38)
             low = (zero + block * SIZE)[None, :]
             fits = (block < blocks)[None, :] & (low >= begin[:, None])
             fits = fits & (low + SIZE > begin[:, None] + SINKS)
             fits = fits & (low + SIZE <= own[:, None] + 1) & (low <= own[:, None] - WINDOW)
-            if HAS_WHOLE:
+            if whole is not None:
                 flags = batch * whole_rows + tl.minimum(row, whole_rows - 1)
                 at = whole + flags[:, None] * blocks + block[None, :]
                 fits = fits & (tl.load(at, mask=(block < blocks)[None, :], other=0) != 0)
-            rank = tl.where(fits, ranked(score, block), -9223372036854775808)
-            more = 1
-            while more > 0:
-                top = tl.max(rank, 1)[:, None]
-                worst = tl.min(best, 1)[:, None]
-                better = top > worst
-                best = tl.where(better & (best == worst), top, best)
-                rank = tl.where(rank == top, -9223372036854775808, rank)
-                more = tl.max(tl.max(better.to(tl.int32), 1), 0)
-    filled = (place < COUNT) & (best > -9223372036854775807 + PLACES)
-    value = tl.where(filled, best & 0xFFFFFFFF, -1)
+            score = tl.where(fits, score, -float("inf"))
+            worst = tl.min(value, 1)[:, None]
+            # No row takes more of these blocks than are as good as its worst.
+            better = tl.sum(((score >= worst) & fits).to(tl.int32), 1)
+            for _ in range(0, tl.minimum(tl.max(better, 0), COUNT)):
+                top = tl.max(score, 1)[:, None]
+                # Of equal ones the last is taken, and the first is given up.
+                new = tl.max(tl.where(score == top, block[None, :], -1), 1)[:, None]
+                old = tl.min(tl.where(value == worst, best, 2147483647), 1)[:, None]
+                takes = (top > worst) | ((top == worst) & (new > old) & (top > -float("inf")))
+                here = takes & (value == worst) & (best == old)
+                best = tl.where(here, new, best)
+                value = tl.where(here, top, value)
+                score = tl.where(block[None, :] == new, -float("inf"), score)
+                worst = tl.min(value, 1)[:, None]
+    found = tl.where((place < COUNT) & (best >= 0), best, -1)
     few = (own - begin < DENSE)[:, None]
     listed = floor_divide(begin - zero, SIZE)[:, None] + place
     listed = tl.where(listed <= floor_divide(own - WINDOW - zero, SIZE)[:, None], listed, -1)
-    value = tl.where(few, listed, value)
+    found = tl.where(few, listed, found).to(tl.int64)
     to = (lead.to(tl.int64) * queries + row)[:, None] * places + place
-    tl.store(chosen + to, value, mask=alive[:, None] & (place < places))
+    tl.store(chosen + to, found, mask=alive[:, None] & (place < places))
 # fmt: on
 
 
@@ -128,15 +129,25 @@ def choose_blocks(
     chosen = torch.empty(
         batch, key_heads, queries, places, dtype=torch.int64, device=screen_q.device
     )
+    tensors = {
+        "q": screen_q, "means": means, "first": first, "last": last, "whole": whole,
+        "origin": origin, "chosen": chosen,
+    }  # fmt: skip
+    numbers = {
+        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), screen_q.stride()[:3], strict=True)),
+        **dict(zip(("stride_mb", "stride_mh", "stride_mt"), means.stride()[:3], strict=True)),
+        "queries": queries, "blocks": blocks, "first_rows": first.shape[1],
+        "whole_rows": 1 if whole is None else whole.shape[1], "key_heads": key_heads,
+        "places": places,
+    }  # fmt: skip
+    constants = {
+        "GROUPS": heads // key_heads, "SIZE": budget.block_size, "WINDOW": budget.window,
+        "SINKS": budget.sinks, "COUNT": min(budget.chosen_blocks, blocks),
+        "DENSE": budget.dense_length, "WIDTH": width, "WIDTH_PAD": padded,
+        "NEAREST": metric == "distance", "ROWS": _ROWS, "BLOCKS": _BLOCKS,
+        "PLACES": triton.next_power_of_2(max(places, 2)), "num_warps": _WARPS,
+    }  # fmt: skip
     with torch.cuda.device_of(screen_q):
-        choose_kernel[(triton.cdiv(queries, _ROWS), batch * key_heads)](
-            screen_q, means, first, last, whole, origin, chosen, *screen_q.stride()[:3],
-            *means.stride()[:3], queries, blocks, first.shape[1],
-            1 if whole is None else whole.shape[1], key_heads, places,
-            GROUPS=heads // key_heads, SIZE=budget.block_size, WINDOW=budget.window,
-            SINKS=budget.sinks, COUNT=min(budget.chosen_blocks, blocks),
-            DENSE=budget.dense_length, WIDTH=width, WIDTH_PAD=padded, NEAREST=metric == "distance",
-            HAS_WHOLE=whole is not None, HAS_ORIGIN=origin is not None, ROWS=_ROWS, BLOCKS=_BLOCKS,
-            PLACES=triton.next_power_of_2(max(places, 2)), num_warps=4,
-        )  # fmt: skip
+        grid = (triton.cdiv(queries, _ROWS), batch * key_heads)
+        start(choose_kernel, grid, tensors, numbers, constants)
     return chosen

@@ -137,7 +137,7 @@ def block_gradient_kernel(
     key_heads, first_rows, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr,
-    LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_ORIGIN: tl.constexpr,
+    LIFTED: tl.constexpr,
     NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
 ):
     """Program: a block of a batch row and key head. grad_k `[B, G, Tk, D]`, grad_v; part_q
@@ -149,11 +149,11 @@ def block_gradient_kernel(
     head = head_of_batch % key_heads
     inside = tl.arange(0, BLOCK_N)
     key = block * SIZE + inside
-    if HAS_ORIGIN:
+    if origin is not None:
         key += tl.load(origin + batch)
     real = (inside < SIZE) & (key < keys)
     fits = real
-    if HAS_ALLOWED:
+    if allowed is not None:
         seen = tl.load(allowed + batch.to(tl.int64) * keys + key, mask=fits, other=0)
         fits = fits & (seen != 0)
     base = k + batch.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
@@ -233,7 +233,7 @@ def query_gradient_kernel(
     stride_kt, stride_vb, stride_vh, stride_vt, queries, keys, key_heads, first_rows, choices,
     GROUPS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, DENSE: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr,
-    LAW: tl.constexpr, LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr, NATIVE: tl.constexpr,
+    LAW: tl.constexpr, LIFTED: tl.constexpr, NATIVE: tl.constexpr,
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COUNT: tl.constexpr,
 ):
     """Program: `TILE` rows of a batch row and key head. grad_q `[B, H, Tq, D]` and terms `[B, H,
@@ -264,7 +264,7 @@ def query_gradient_kernel(
     for start in range(tl.min(lowest), tl.max(own) + 1, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         fits = key < keys
-        if HAS_ALLOWED:
+        if allowed is not None:
             fits = fits & (tl.load(allowed + batch * keys + key, mask=fits, other=0) != 0)
         meant = (key[None, :] >= lowest[:, None]) & (key[None, :] <= own[:, None])
         of_query, sums = add_near(
@@ -275,7 +275,7 @@ def query_gradient_kernel(
     for start in range(tl.min(begin), tl.max(tl.where(own < 0, -1, begin + SINKS)), BLOCK_S):
         key = start + tl.arange(0, BLOCK_S)
         fits = key < keys
-        if HAS_ALLOWED:
+        if allowed is not None:
             fits = fits & (tl.load(allowed + batch * keys + key, mask=fits, other=0) != 0)
         meant = (key[None, :] >= begin[:, None]) & (key[None, :] < begin[:, None] + SINKS)
         meant = meant & (key[None, :] < lowest[:, None])
@@ -347,7 +347,7 @@ def sink_gradient_kernel(
     stride_vt, queries, keys, key_heads, row_tiles, GROUPS: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
+    NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
     COUNT: tl.constexpr, SHARE: tl.constexpr,
 ):
     """Program: `SHARE` tiles of rows of a batch row and key head, whose sinks are all the same.
@@ -358,7 +358,7 @@ def sink_gradient_kernel(
     inside = tl.arange(0, BLOCK_S)
     key = tl.load(first + batch) + inside
     fits = (inside < SINKS) & (key < keys)
-    if HAS_ALLOWED:
+    if allowed is not None:
         fits = fits & (tl.load(allowed + batch * keys + key, mask=fits, other=0) != 0)
     base = k + batch * stride_kb + head.to(tl.int64) * stride_kh
     key_rows = load_keys(base, key, fits, stride_kt, WIDTH, WIDTH_PAD)
@@ -394,7 +394,7 @@ def key_gradient_kernel(
     stride_kt, stride_vb, stride_vh, stride_vt, queries, keys, key_heads, first_rows, row_tiles,
     all_tiles, GROUPS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     DENSE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr,
     NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     COUNT: tl.constexpr, TILES: tl.constexpr,
 ):
@@ -409,7 +409,7 @@ def key_gradient_kernel(
     key = start + tl.arange(0, BLOCK_N)
     real = key < keys
     fits = real
-    if HAS_ALLOWED:
+    if allowed is not None:
         fits = fits & (tl.load(allowed + batch * keys + key, mask=fits, other=0) != 0)
     base = k + batch * stride_kb + head.to(tl.int64) * stride_kh
     key_rows = load_keys(base, key, fits, stride_kt, WIDTH, WIDTH_PAD)

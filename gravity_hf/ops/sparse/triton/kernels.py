@@ -93,8 +93,8 @@ def tile_kernel(
     stride_vb, stride_vh, stride_vt, queries, keys, blocks, every, key_heads, first_rows,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     DENSE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr,
-    HAS_ORIGIN: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr, LIFTED: tl.constexpr,
+    NATIVE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Program: a tile. first `[B, first_rows]`, last `[B, Tq]`, origin `[B]` int32; allowed bool
     `[B, Tk]`."""
@@ -115,10 +115,10 @@ def tile_kernel(
         )
         inside = tl.arange(0, BLOCK_N)
         key = block * SIZE + inside
-        if HAS_ORIGIN:
+        if origin is not None:
             key += tl.load(origin + batch)
         fits = (inside < SIZE) & (key < keys)
-        if HAS_ALLOWED:
+        if allowed is not None:
             seen = tl.load(allowed + batch.to(tl.int64) * keys + key, mask=fits, other=0)
             fits = fits & (seen != 0)
         base = k + batch.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
@@ -179,7 +179,7 @@ def merge_kernel(
     stride_vh, stride_vt, queries, keys, key_heads, first_rows, choices, GROUPS: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_V: tl.constexpr, WIDTH_PAD: tl.constexpr, WIDTH_V_PAD: tl.constexpr, LAW: tl.constexpr,
-    LIFTED: tl.constexpr, HAS_ALLOWED: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr,
+    LIFTED: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """Program: `TILE` rows of a batch row and key head. out `[B, G * GROUPS, Tq, Dv]`; log_sums
@@ -209,7 +209,7 @@ def merge_kernel(
     for start in range(tl.min(lowest), tl.max(own) + 1, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         fits = key < keys
-        if HAS_ALLOWED:
+        if allowed is not None:
             fits = fits & (tl.load(allowed + batch * keys + key, mask=fits, other=0) != 0)
         meant = (key[None, :] >= lowest[:, None]) & (key[None, :] <= own[:, None])
         top, total, output = add_keys(
@@ -219,7 +219,7 @@ def merge_kernel(
     for start in range(tl.min(begin), tl.max(tl.where(own < 0, -1, begin + SINKS)), BLOCK_S):
         key = start + tl.arange(0, BLOCK_S)
         fits = key < keys
-        if HAS_ALLOWED:
+        if allowed is not None:
             fits = fits & (tl.load(allowed + batch * keys + key, mask=fits, other=0) != 0)
         meant = (key[None, :] >= begin[:, None]) & (key[None, :] < begin[:, None] + SINKS)
         meant = meant & (key[None, :] < lowest[:, None])

@@ -1,8 +1,8 @@
 """The choices of all heads turned round, without waiting for the device: see `..routing`.
 
-Three kernels: each choice sets a bit of its block, tiles are counted, and each block writes the
-queries whose bits are set, in their order. Bits and counts are integers, so that atomic operations
-leave the same whatever their order.
+Four kernels: each choice sets a bit of its block, tiles are counted, then the bits of each block,
+and each choice has its place by how many bits come before its own. Bits and counts are integers, so
+that atomic operations leave the same whatever their order.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..selecting import Selection
+from .launching import start
 
 # Rows of a tile, one for each query head of each query.
 TILE = 64
 # Choices, blocks, words of bits that a program takes at a time.
-_CHOICES, _COUNTED, _WORDS = 1024, 1024, 32
+_CHOICES, _COUNTED, _WORDS = 512, 1024, 256
 
 
 class DeviceTiles(NamedTuple):
@@ -44,7 +45,8 @@ def mark_kernel(
     first_rows, stored, CHOICES: tl.constexpr, DENSE: tl.constexpr, STEP: tl.constexpr,
 ):
     """Program: some of `total` choices. chosen int64 `[B, G, Tq, stored]`, of which `CHOICES`
-    count; bits int32 `[B, G, blocks, words]` and counts `[B, G, blocks]`, 0 before."""
+    count; bits int32 `[B, G, blocks, words]` and counts `[B, G, blocks]`, 0 before. places: 0
+    where a choice will have one, else -1."""
     at = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
     real = at < total
     row = at // CHOICES
@@ -60,7 +62,7 @@ def mark_kernel(
     tl.atomic_add(counts + code, 1, mask=meant)
     bit = tl.full([STEP], 1, tl.int32) << (query % 32)
     tl.atomic_or(bits + code * words + query // 32, bit, mask=meant)
-    tl.store(places + at, -1, mask=real & (meant == 0))
+    tl.store(places + at, tl.where(meant, 0, -1), mask=real)
 
 
 @triton.jit
@@ -70,8 +72,8 @@ def edges_kernel(
     """One program."""
     tl.store(edges, 0)
     done = 0
-    for start in range(0, every, STEP):
-        code = start + tl.arange(0, STEP)
+    for at in range(0, every, STEP):
+        code = at + tl.arange(0, STEP)
         rows = tl.load(counts + code, mask=code < every, other=0) * GROUPS
         tiles = (rows + TILE - 1) // TILE
         tl.store(edges + 1 + code, done + tl.cumsum(tiles, 0), mask=code < every)
@@ -79,37 +81,58 @@ def edges_kernel(
 
 
 @triton.jit
-def place_kernel(
-    bits, edges, chosen, rows_of, block_of, places, queries, blocks, words, stored,
-    GROUPS: tl.constexpr, CHOICES: tl.constexpr, TILE: tl.constexpr, WORDS: tl.constexpr,
+def ones(x):
+    """How many bits of an int32 are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101) >> 24
+
+
+@triton.jit
+def count_kernel(
+    bits, before, edges, rows_of, block_of, words, GROUPS: tl.constexpr, TILE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """Program: a block of a batch row and key head."""
+    """Program: a block of a batch row and key head. before int32 `[B, G, blocks, words]`: set bits
+    in the words before each."""
     code = tl.program_id(0)
-    lead, block = (code // blocks).to(tl.int64), code % blocks
+    line = code.to(tl.int64) * words
+    found = 0
+    for at in range(0, words, WORDS):
+        word = at + tl.arange(0, WORDS)
+        count = ones(tl.load(bits + line + word, mask=word < words, other=0))
+        tl.store(before + line + word, found + tl.cumsum(count, 0) - count, mask=word < words)
+        found += tl.sum(count, 0)
     tile, end = tl.load(edges + code), tl.load(edges + code + 1)
-    place = tile * TILE
-    for start in range(0, words, WORDS):
-        word = start + tl.arange(0, WORDS)
-        at = bits + code.to(tl.int64) * words + word
-        held = tl.load(at, mask=word < words, other=0)
-        if tl.max((held != 0).to(tl.int32), 0) != 0:
-            flags = (held[:, None] >> tl.arange(0, 32)[None, :]) & 1
-            flags = tl.reshape(flags, [WORDS * 32])
-            meant = flags != 0
-            own = place + (tl.cumsum(flags, 0) - flags) * GROUPS
-            query = start * 32 + tl.arange(0, WORDS * 32)
-            for member in range(0, GROUPS):
-                tl.store(rows_of + own + member, query * GROUPS + member, mask=meant)
-            row = lead * queries + query
-            for choice in range(0, CHOICES):
-                other = tl.load(chosen + row * stored + choice, mask=meant, other=-1)
-                tl.store(places + row * CHOICES + choice, own, mask=meant & (other == block))
-            place += tl.sum(flags, 0) * GROUPS
-    rest = place + tl.arange(0, TILE)
+    rest = tile * TILE + found * GROUPS + tl.arange(0, TILE)
     tl.store(rows_of + rest, -1, mask=rest < end * TILE)
-    for start in range(tile, end, WORDS):
-        some = start + tl.arange(0, WORDS)
+    for at in range(tile, end, WORDS):
+        some = at + tl.arange(0, WORDS)
         tl.store(block_of + some, code, mask=some < end)
+
+
+@triton.jit
+def place_kernel(
+    chosen, places, bits, before, edges, rows_of, total, queries, blocks, words, stored,
+    GROUPS: tl.constexpr, CHOICES: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):
+    """Program: some of `total` choices."""
+    at = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
+    real = at < total
+    meant = real & (tl.load(places + at, mask=real, other=-1) == 0)
+    row = at // CHOICES
+    query = (row % queries).to(tl.int32)
+    block = tl.load(chosen + row * stored + at % CHOICES, mask=meant, other=0)
+    code = row // queries * blocks + block
+    word = code * words + query // 32
+    bit = tl.full([STEP], 1, tl.int32) << (query % 32)
+    rank = tl.load(before + word, mask=meant, other=0)
+    rank += ones(tl.load(bits + word, mask=meant, other=0) & (bit - 1))
+    place = tl.load(edges + code, mask=meant, other=0) * TILE + rank * GROUPS
+    tl.store(places + at, place, mask=meant)
+    for member in range(0, GROUPS):
+        tl.store(rows_of + place + member, query * GROUPS + member, mask=meant)
 # fmt: on
 
 
@@ -127,18 +150,37 @@ def device_tiles(selection: Selection, first: Tensor, last: Tensor, groups: int)
     total, words = places.numel(), -(-queries // 32)
     most = -(-total * groups // TILE) + every
     rows, block = first.new_empty(most * TILE), first.new_empty(most)
-    counts, bits = first.new_zeros(every * (1 + words)).split((every, every * words))
-    sizes = (queries, blocks, words)
+    before = first.new_empty(every * words)
+    # One allocation set to 0; addresses stay multiples of 16 bytes.
+    aligned = -(-every // 4) * 4
+    counts, bits = first.new_zeros(aligned + every * words).split((aligned, every * words))
+    all_choices = {"CHOICES": choices, "STEP": _CHOICES, "num_warps": 4}
+    tiled = {"GROUPS": groups, "TILE": TILE, "num_warps": 4}
+    programs = (triton.cdiv(total, _CHOICES),)
     with torch.cuda.device_of(chosen):
-        mark_kernel[(triton.cdiv(total, _CHOICES),)](
-            chosen, first, last, bits, counts, places, total, *sizes, key_heads, first.shape[1],
-            stored, CHOICES=choices, DENSE=budget.dense_length, STEP=_CHOICES, num_warps=4,
+        start(
+            mark_kernel, programs,
+            {"chosen": chosen, "first": first, "last": last, "bits": bits, "counts": counts,
+             "places": places},
+            {"total": total, "queries": queries, "blocks": blocks, "words": words,
+             "key_heads": key_heads, "first_rows": first.shape[1], "stored": stored},
+            {**all_choices, "DENSE": budget.dense_length},
         )  # fmt: skip
-        edges_kernel[(1,)](
-            counts, edges, every, GROUPS=groups, TILE=TILE, STEP=_COUNTED, num_warps=4
-        )
-        place_kernel[(every,)](
-            bits, edges, chosen, rows, block, places, *sizes, stored, GROUPS=groups,
-            CHOICES=choices, TILE=TILE, WORDS=_WORDS, num_warps=4,
+        start(
+            edges_kernel, (1,), {"counts": counts, "edges": edges}, {"every": every},
+            {**tiled, "STEP": _COUNTED},
+        )  # fmt: skip
+        start(
+            count_kernel, (every,),
+            {"bits": bits, "before": before, "edges": edges, "rows_of": rows, "block_of": block},
+            {"words": words}, {**tiled, "WORDS": _WORDS},
+        )  # fmt: skip
+        start(
+            place_kernel, programs,
+            {"chosen": chosen, "places": places, "bits": bits, "before": before, "edges": edges,
+             "rows_of": rows},
+            {"total": total, "queries": queries, "blocks": blocks, "words": words,
+             "stored": stored},
+            {**tiled, **all_choices},
         )  # fmt: skip
     return DeviceTiles(rows, block, places, edges)
