@@ -264,6 +264,43 @@ def restore_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["compared", "equal or found", "of"], [[str(cell) for cell in row] for row in rows]
 
 
+def forge_summary(units: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each kind and bank, the facts that passed, over all seeds, and what was measured of the
+    batches that passed and of those that did not."""
+    from gravity_hf.knowledge.statistics import rate
+
+    found: dict[str, Any] = {}
+    for kind, bank in dict.fromkeys((unit["kind"], unit["bank"]) for unit in units):
+        own = [x for u in units if (u["kind"], u["bank"]) == (kind, bank) for x in u["per_item"]]
+        facts = [batch["passed"] for batch in own for _ in range(batch["facts"])]
+        found[f"{kind} {bank}"] = {
+            "facts": rate(facts)._asdict(),
+            "batches": len(own),
+            "attempts": _mean([batch["attempts"] for batch in own]),
+            **{
+                name: {
+                    measure: _mean([batch[measure] for batch in own if batch["passed"] is passed])
+                    for measure in ("top1", "paraphrase_top1", "kl_unrelated")
+                }
+                for name, passed in (("passed", True), ("refused", False))
+            },
+        }
+    return found
+
+
+def forge_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Facts that passed, and how far off the others were."""
+    rows = []
+    for name, found in content["summary"].items():
+        far = found["refused"]
+        rows.append([
+            name, rate_cell(found["facts"]), _percent(found["passed"]["paraphrase_top1"]),
+            _percent(far["paraphrase_top1"]), _number(far["kl_unrelated"]),
+        ])  # fmt: skip
+    headers = ["facts, bank", "passed", "held-out paraphrases of these", "of the others"]
+    return [*headers, "KL of the others"], rows
+
+
 def routing_summary(units: list[dict[str, Any]]) -> dict[str, Any]:
     """Of routing: of each encoder the measures of each seed, and their spread. Of the others what
     each seed found."""

@@ -15,6 +15,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
 MODULES = (
     *("pool", "geolip_runs", "knowledge_base", "belief_runs", "belief_measures"),
     *("belief_report", "beliefs", "belief_interference", "belief_restore", "belief_routing"),
+    "belief_forge",
 )
 
 
@@ -102,6 +103,27 @@ def test_the_base_comes_back_and_flips_are_named(folder: Path) -> None:
     assert found["reopened_equal"] == found["reopened"] == 24
     assert found["named"] == found["flipped"] == 2
     assert found["restored"] is True
+
+
+def test_the_forge_is_asked_for_what_no_delta_can_do_too(folder: Path) -> None:
+    content = run("belief_forge", folder, "--banks", "invented")
+    assert set(content["summary"]) == {"given invented", "misworded invented"}
+    for found in content["summary"].values():
+        assert found["facts"]["trials"] == 4 and found["batches"] == 2
+    for item in content["per_item"]:
+        assert item["passed"] or item["reason"]
+    headers, rows = experiment("belief_report").forge_table(content)
+    assert len(rows) == 2 and all(len(row) == len(headers) for row in rows)
+
+
+def test_misworded_facts_are_held_to_each_others_paraphrases() -> None:
+    from gravity_hf.knowledge.facts import load_facts
+
+    facts = load_facts("invented")[:3]
+    changed = experiment("belief_forge").misworded(facts)
+    for fact, other, new in zip(facts, [*facts[1:], facts[0]], changed, strict=True):
+        assert (new.id, new.prompt, new.answer) == (fact.id, fact.prompt, fact.answer)
+        assert new.paraphrases == (fact.paraphrases[0], *other.paraphrases[1:])
 
 
 @pytest.mark.slow
