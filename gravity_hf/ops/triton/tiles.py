@@ -60,6 +60,16 @@ def forward_tiles(widths: Widths, plain: bool, device: torch.device) -> Tiles:
     """Rows and keys of a tile; `plain`: the code for the law alone."""
     if widths.values == torch.float32:
         choices = [(64, 32, 4, 2)] if widths.width <= 128 else [_SMALLEST]
+    elif widths.mixed and widths.width_v == 32 and not plain:
+        # With as many keys in a tile as values are wide, ptxas 12.8 and 12.9 (of Triton 3.6) keep
+        # weights in the registers of the queries' last third where a list of tiles is read: after
+        # the first tile of a list distances were wrong. 13.4 does not.
+        return _first_that_fits(
+            [(64, 64, 4, 2), (64, 64, 4, 1), _SMALLEST],
+            widths.vector_bytes,
+            widths.vector_bytes + widths.value_bytes,
+            device,
+        )
     elif widths.width > 128 or not plain:
         choices = [(64, 32, 4, 2)]
     elif widths.narrow:
