@@ -188,7 +188,7 @@ def _few_shot(summary: dict[str, Any], units: list[dict[str, Any]]) -> str:
     table = [[method, *(row.get(count, NONE) for count in counts)] for method, row in cells.items()]
     own = [unit for unit in units if unit["part"] == "few_shot"]
     headers = ["taught", *(f"{count} facts" for count in counts)]
-    said = "First tokens that are right: trained prompts / held-out paraphrases / facts never shown"
+    said = "Right: trained prompts / first tokens of held-out paraphrases / facts never shown"
     return "\n" + markdown(headers, table) + f"\n{said}; {_seeds(own)}.\n"
 
 

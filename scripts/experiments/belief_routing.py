@@ -51,7 +51,7 @@ CONTROLS = {
     "by wording": "a text need not name the subject",
     "strict": "a threshold for a precision of 0.95",
     "base": "no delta",
-    "lora": "fine-tuning of as many parameters on the same texts",
+    "lora": "fine-tuning of as many parameters on the same texts, with the best of four rates",
 }
 
 

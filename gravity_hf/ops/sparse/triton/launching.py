@@ -19,11 +19,13 @@ def start(
     numbers: dict[str, Any],
     constants: dict[str, Any],
 ) -> None:
-    """`kernel[grid](...)` by the names of its arguments, remembered by all that is no tensor and by
-    the dtypes of what is. Numbers and constants that the kernel does not know are left out."""
+    """`kernel[grid](...)` by the names of its arguments, remembered by all that is no tensor, by
+    the dtypes of what is, and by their device, which a compiled kernel belongs to. Numbers and
+    constants that the kernel does not know are left out."""
     given = {name: x for name, x in tensors.items() if x is not None}
     dtypes = tuple([None if x is None else x.dtype for x in tensors.values()])
-    key = (kernel, grid, dtypes, *numbers.values(), *constants.values())
+    device = next(iter(given.values())).device
+    key = (kernel, grid, device, dtypes, *numbers.values(), *constants.values())
 
     def make() -> Launch:
         nothing = dict.fromkeys(tensors.keys() - given.keys())
