@@ -52,10 +52,14 @@ class Batch:
         self.tried.append({**entry, "metrics": metrics})
 
     def rejected(self) -> Rejected:
-        """As it stands after its last attempt."""
+        """As it stands after the last attempt that was judged; one that could not be made tells why
+        nothing came after it, not why that failed."""
         last = self.tried[-1]
-        metrics = {**last["metrics"], "attempts": self.tried}
-        return Rejected(self.facts, f"{last['failure']}: {last['reason']}", metrics)
+        judged = next((one for one in reversed(self.tried) if one["metrics"]), last)
+        reason = f"{judged['failure']}: {judged['reason']}"
+        if judged is not last:
+            reason += f". The next attempt was not made: {last['failure']}: {last['reason']}"
+        return Rejected(self.facts, reason, {**judged["metrics"], "attempts": self.tried})
 
 
 def batches_of(

@@ -38,7 +38,7 @@ class Rejected(NamedTuple):
     """Facts without a delta.
 
     Args:
-        reason: why the last attempt failed, in words.
+        reason: why the last attempt failed, in words, and where it could not go further, why.
         metrics: of that attempt, and `attempts`: what was tried, and how each failed.
     """
 

@@ -6,6 +6,7 @@ import pytest
 
 from gravity_hf.knowledge.errors import ValidationError
 from gravity_hf.knowledge.facts import Fact
+from gravity_hf.knowledge.forge_batches import Batch
 from gravity_hf.knowledge.forge_strategies import (
     INTERFERES,
     NO_ROOM,
@@ -13,6 +14,7 @@ from gravity_hf.knowledge.forge_strategies import (
     NULL,
     PROJECTED,
     TOO_COSTLY,
+    Attempt,
     Ladder,
     layer_strategies,
 )
@@ -65,6 +67,30 @@ class TestLadder:
     def test_ranks_that_mean_nothing_are_refused(self) -> None:
         with pytest.raises(ValidationError, match="ranks"):
             Ladder([(0,)], [0], PROJECTED)
+
+
+class TestRejection:
+    def rejected(self, *tried: tuple[dict[str, float], str, str]):
+        batch = Batch("t", (fact(1, 1),), Attempt((1,), 1, PROJECTED))
+        for metrics, failure, reason in tried:
+            batch.note(metrics, failure, reason)
+        return batch.rejected()
+
+    def test_what_was_judged_says_why_and_what_was_not_made_why_no_more(self) -> None:
+        found = self.rejected(
+            ({"top1": 0.5}, NOT_VALID, "few right"), ({}, TOO_COSTLY, "too many parameters")
+        )
+        assert found.reason.startswith("validation: few right. The next attempt was not made: ")
+        assert found.reason.endswith("budget: too many parameters")
+        assert found.metrics["top1"] == 0.5 and len(found.metrics["attempts"]) == 2
+
+    def test_the_last_that_was_judged_counts(self) -> None:
+        found = self.rejected(({"top1": 0.5}, NOT_VALID, "a"), ({"top1": 0.7}, INTERFERES, "b"))
+        assert found.reason == "interference: b" and found.metrics["top1"] == 0.7
+
+    def test_where_nothing_was_judged_that_is_said(self) -> None:
+        found = self.rejected(({}, TOO_COSTLY, "too many parameters"))
+        assert found.reason == "budget: too many parameters"
 
 
 def measure(**values: float) -> dict[str, float]:

@@ -133,6 +133,31 @@ def test_gradients_repeat_to_the_last_bit_and_pass_by_what_is_hidden():
         assert (x[1, :, :hidden] == 0).all() and (x[1, :, hidden:] != 0).any()
 
 
+@pytest.fixture
+def soiled(monkeypatch):
+    """New memory holds what no kernel may take for a number of its own."""
+    made, empty = torch.Tensor.new_empty, torch.empty
+
+    def soil(x):
+        if x.is_floating_point():
+            return x.fill_(float("nan"))
+        return x.fill_(torch.iinfo(x.dtype).max // 3)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **options: soil(made(*a, **options)))
+    monkeypatch.setattr(torch, "empty", lambda *a, **options: soil(empty(*a, **options)))
+
+
+def test_what_memory_held_before_changes_nothing(soiled, monkeypatch):
+    """The choice in one kernel, as on a GPU, then outputs and gradients."""
+    from gravity_hf.ops.sparse import selecting
+
+    score, tensors, mask = score_of("power"), vectors(70), mask_of("left", 70)
+    exact = gradients("reference", as_double(score), [x.double() for x in tensors], mask)
+    peer = gradients("reference", score, tensors, mask)
+    monkeypatch.setattr(selecting, "chooses_by_triton", lambda means, count: True)
+    assert_gradients(gradients("triton", score, tensors, mask), exact, peer)
+
+
 @pytest.mark.parametrize("mask", ["none", "left", "holes", "documents"])
 def test_ranks_choose_as_sorting_does(mask):
     from gravity_hf.ops.sparse.selecting import _best, _choosable, whole_blocks
