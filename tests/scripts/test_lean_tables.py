@@ -51,6 +51,8 @@ CONTENTS: dict[str, dict[str, Any]] = {
             layer("sparse", 2.0, top_k=512, block_size=32, screen="keys"),
             layer("sparse", 8.0, top_k=512, block_size=32, screen="keys"),
             layer("sparse", 1.0, top_k=512, block_size=32, screen="projected"),
+            layer("dense", 3.0, launch="graph"),
+            layer("sparse", 1.0, top_k=512, block_size=32, screen="keys", launch="graph"),
             {
                 "level": "layer", "work": "prefill", "law": "dot", "length": 8192, "top_k": 64,
                 "block_size": 32, "screen": "keys", "kind": "sparse", "note": "failed",
@@ -156,7 +158,11 @@ CONTENTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SHOWN = {
-    "lean-sparse-speed": ["layer, prefill, dot, 8192 | 4 ms | 2 ms (2.00x) |", "commit 0123456789"],
+    "lean-sparse-speed": [
+        "layer, prefill, dot, 8192 | 4 ms | 2 ms (2.00x) |",
+        "layer, prefill, dot, 8192, graph | 3 ms | 1 ms (3.00x) |",
+        "commit 0123456789",
+    ],
     "lean-sparse-loss": [
         "512 keys, blocks of 32, by keys | 1.5000 | +0.0200",
         "keys 512/32 (+0.0080, 2.00x)",

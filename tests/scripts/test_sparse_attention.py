@@ -134,5 +134,6 @@ def test_the_benchmark_times_dense_and_sparse_at_each_shape(room, tmp_path, caps
 
 
 def test_a_benchmark_to_try_is_not_kept_among_the_results(room):
-    with pytest.raises(SystemExit):
-        room("benchmark", "sparse_attention").main(["--quick"])
+    for given in (["--quick"], ["--launches", "graph", "--quick", "--out", "x.json"]):
+        with pytest.raises(SystemExit):
+            room("benchmark", "sparse_attention").main(given)

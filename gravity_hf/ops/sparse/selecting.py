@@ -165,7 +165,7 @@ def _chosen_blocks(
     batch, key_heads, blocks, _ = means.shape
     queries = screen_q.shape[2]
     places = _places(seen, budget)
-    if chooses_by_triton(means, budget.chosen_blocks):
+    if chooses_by_triton(means, places):
         from .triton.choosing import choose_blocks
 
         whole = _whole(seen, budget, blocks)

@@ -1,6 +1,7 @@
 """Routed attention in Triton: in its interpreter on a CPU, compiled on a GPU."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_what_memory_held_before_changes_nothing(soiled, monkeypatch):
     score, tensors, mask = score_of("power"), vectors(70), mask_of("left", 70)
     exact = gradients("reference", as_double(score), [x.double() for x in tensors], mask)
     peer = gradients("reference", score, tensors, mask)
-    monkeypatch.setattr(selecting, "chooses_by_triton", lambda means, count: True)
+    monkeypatch.setattr(selecting, "chooses_by_triton", lambda means, places: True)
     assert_gradients(gradients("triton", score, tensors, mask), exact, peer)
 
 
@@ -176,6 +177,27 @@ def test_ranks_choose_as_sorting_does(mask):
     expected = _best(scores.clone(), _choosable(seen, few, 38), few.chosen_blocks)
     assert few.chosen_blocks == 7 and (chosen[..., 7:] == -1).all()
     assert torch.equal(chosen[..., :7].sort().values, expected.sort().values)
+
+
+@pytest.mark.parametrize(
+    ("size", "served"),
+    [
+        ({"top_k": 2048}, True),
+        # As many places as rows need that see few keys: too many for registers.
+        ({"top_k": 512, "min_length": 4096}, False),
+        ({"top_k": 2048, "block_size": 8}, False),
+    ],
+)
+def test_one_kernel_chooses_where_its_places_fit(monkeypatch, size, served):
+    from gravity_hf.ops.sparse import KeyBudget, selecting, triton
+    from gravity_hf.ops.sparse.visibility import visibility
+
+    monkeypatch.setattr(triton, "triton_refusal", lambda *call: None)
+    means = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 1, 256, 64))
+    # Of rows that all may see few keys, as a GPU has to expect.
+    seen = visibility(8192, 8192, None, None, None, torch.device("cpu"))
+    places = selecting._places(seen, KeyBudget(**size))
+    assert triton.chooses_by_triton(means, places) == served
 
 
 @pytest.mark.parametrize(

@@ -20,19 +20,20 @@ WIDEST = 128
 LARGEST_BLOCK = 128
 # Scores of a row that `ranking` holds.
 MOST_BLOCKS = 4096
-# Best blocks of a row that `choosing` keeps.
-MOST_CHOICES = 64
+# Places of a row that `choosing` keeps in registers, with those for rows that see few keys.
+MOST_PLACES = 64
 # Queries up to which each one's own keys are gathered: there is no product to share.
 FEW_QUERIES = 16
 # Query heads to a key-value head that `fused` holds.
 MOST_HEADS = 64
 
 
-def chooses_by_triton(means: Tensor, count: int) -> bool:
-    """Whether `choosing.choose_blocks` scores and chooses: on a GPU, of means in float32."""
+def chooses_by_triton(means: Tensor, places: int) -> bool:
+    """Whether `choosing.choose_blocks` scores and chooses: on a GPU, of means in float32, where a
+    row's places fit."""
     if means.device.type != "cuda" or torch.compiler.is_compiling():
         return False
-    served = means.dtype == torch.float32 and means.shape[3] <= WIDEST and count <= MOST_CHOICES
+    served = means.dtype == torch.float32 and means.shape[3] <= WIDEST and places <= MOST_PLACES
     return served and triton_refusal(means.device, torch.float32) is None
 
 
